@@ -1,0 +1,36 @@
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+
+
+rule all:
+    """Default GGUF and Modelfile of every model in config.yaml."""
+    input:
+        final_targets(),
+    localrule: True
+    resources:
+        mem_mb=1,
+        disk_mb=1,
+        runtime=1,
+        gpu=0,
+        gpu_mem_mb=0,
+
+
+include: "rules/llama_cpp.smk"
+include: "rules/base.smk"
+include: "rules/adapter.smk"
+include: "rules/merged.smk"
+include: "rules/gguf.smk"
+include: "rules/modelfile.smk"
+include: "rules/reports.smk"
+include: "rules/wrong_targets.smk"
+
+
+onstart:
+    refuse_lost_targets()

@@ -1,0 +1,72 @@
+# In: a base and conversations. Out: adapters/{model}, a LoRA adapter in peft's format.
+TRAINED = [name for name, model in PROJECT.models.items() if model.adapter]
+
+
+rule check_data:
+    """Check the conversations before anything long starts, and write down which they are."""
+    input:
+        data=lambda w: spec(w.model).adapter.train.data,
+        script=script("check_data.py"),
+    output:
+        identity="work/{model}/data.json",
+    log:
+        "logs/{model}/check_data.log",
+    benchmark:
+        "logs/{model}/check_data.jsonl"
+    wildcard_constraints:
+        model="|".join(TRAINED) or "(?!)",
+    priority: 100
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        code=code_digest("check_data.py"),
+    shell:
+        "{params.python} {input.script:q}" " --data {input.data:q}" " --output {output.identity:q}" " --log {log:q}"
+
+
+rule train_adapter:
+    """Train a LoRA adapter on the base."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        data_identity="work/{model}/data.json",
+        data=lambda w: ancient(spec(w.model).adapter.train.data),
+        script=script("train_adapter.py"),
+    output:
+        manifest="adapters/{model}/MANIFEST.json",
+        weights="adapters/{model}/adapter_model.safetensors",
+        config="adapters/{model}/adapter_config.json",
+    log:
+        "logs/{model}/train_adapter.log",
+    benchmark:
+        "logs/{model}/train_adapter.jsonl"
+    wildcard_constraints:
+        model="|".join(TRAINED) or "(?!)",
+    conda:
+        "../envs/train.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).mem_mb,
+        disk_mb=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).disk_mb,
+        runtime=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).runtime,
+        gpu=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).gpu,
+        gpu_mem_mb=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).gpu_mem_mb,
+    params:
+        python=interpreter,
+        code=code_digest("train_adapter.py"),
+        base=lambda w: base_folder(w.model),
+        settings=lambda w: as_options(spec(w.model).adapter.train),
+    shell:
+        "{params.python} {input.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " {params.settings}"
+        " --output adapters/{wildcards.model}"
+        " --log {log:q}"

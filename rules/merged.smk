@@ -1,0 +1,41 @@
+# In: a base and an adapter, or a base alone. Out: models/{model}/merged, a sharded 16-bit checkpoint.
+
+
+rule merge_adapter:
+    """Fold the adapter into the base checkpoint, tensor by tensor."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        adapter=adapter_manifest,
+        script=script("merge_adapter.py"),
+    output:
+        manifest="models/{model}/merged/MANIFEST.json",
+        files=big(directory("models/{model}/merged")),
+    log:
+        "logs/{model}/merge_adapter.log",
+    benchmark:
+        "logs/{model}/merge_adapter.jsonl"
+    conda:
+        "../envs/train.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.merge_needs(spec(w.model)).mem_mb,
+        disk_mb=lambda w: estimate.merge_needs(spec(w.model)).disk_mb,
+        runtime=lambda w: estimate.merge_needs(spec(w.model)).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        code=code_digest("merge_adapter.py"),
+        base=lambda w: base_folder(w.model),
+        adapter=lambda w: (f"--adapter adapters/{w.model}" if spec(w.model).adapter else ""),
+        dtype=lambda w: spec(w.model).merge.dtype,
+        max_shard_size=lambda w: spec(w.model).merge.max_shard_size,
+    shell:
+        "{params.python} {input.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " {params.adapter}"
+        " --dtype {params.dtype}"
+        " --max-shard-size {params.max_shard_size}"
+        " --output models/{wildcards.model}/merged"
+        " --log {log:q}"

@@ -1,0 +1,44 @@
+# In: finished models. Out: reports/{model}.*, what they can do.
+ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
+
+
+rule smoke_test:
+    """Ask the tuned model and its base held-out questions."""
+    input:
+        tuned=lambda w: default_gguf(w.model) + ".json",
+        tuned_gguf=lambda w: ancient(default_gguf(w.model)),
+        base=lambda w: default_gguf(w.model, ".base") + ".json",
+        base_gguf=lambda w: ancient(default_gguf(w.model, ".base")),
+        questions=lambda w: spec(w.model).smoke.questions,
+        llama_cpp="work/llama_cpp.json",
+        script=script("smoke_test.py"),
+    output:
+        report="reports/{model}.smoke.json",
+    log:
+        "logs/{model}/smoke_test.log",
+    benchmark:
+        "logs/{model}/smoke_test.jsonl"
+    wildcard_constraints:
+        model="|".join(ASKED) or "(?!)",
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).mem_mb,
+        disk_mb=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).disk_mb,
+        runtime=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        code=code_digest("smoke_test.py"),
+        settings=lambda w: as_options(spec(w.model).smoke),
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {input.script:q}"
+        " --tuned {input.tuned_gguf:q}"
+        " --base {input.base_gguf:q}"
+        " {params.settings}"
+        " --output {output.report:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"

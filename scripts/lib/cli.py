@@ -1,0 +1,88 @@
+"""The thin entry that every script shares: common options, exit statuses, errors without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.console import configure_logging, note, say
+from lib.errors import ModelmillError
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(ModelmillError):
+    """Options that do not go together; the script ends with status 2."""
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, less what Slurm or a cgroup quota leaves of them."""
+    limits = [len(os.sched_getaffinity(0))]
+    if (allotted := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        limits.append(int(allotted))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        share, period = quota.read_text().split()[:2]
+        if share != "max":
+            limits.append(int(share) // int(period))
+    return max(1, min(limits))
+
+
+def script_parser(description: str | None, *, threads: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts have; `threads=False` where a setting of that name is one."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="write plain log lines to this file as well")
+    if threads:
+        parser.add_argument("--threads", type=_positive, default=usable_cores(), metavar="N", help="CPU threads")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
+    """Parse, set up the log, work, and leave with the documented status."""
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        configure_logging(log=arguments.log)
+        work(arguments)
+    except UsageError as error:
+        _leave(f"{parser.prog}: {error}", WRONG_USE)
+    except ModelmillError as error:
+        _leave(f"{parser.prog}: {error}", FAILED)
+    except KeyboardInterrupt:
+        _leave(f"{parser.prog}: interrupted; nothing unfinished has a final name", INTERRUPTED)
+    except MemoryError:
+        _leave(f"{parser.prog}: out of memory", FAILED)
+    except OSError as error:
+        _leave(f"{parser.prog}: {describe_os_error(error)}", FAILED)
+    except Exception as error:  # a fault of ours: one line for the user, the rest for whoever mends it
+        note(traceback.format_exc())
+        where = arguments.log or "a log: run it again with --log FILE"
+        _leave(f"{parser.prog}: internal error: {type(error).__name__}: {error} (details in {where})", FAILED)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An operating system's error as a line that names the file and, for a full disk, the way out."""
+    place = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full (writing {place}): free some space and run the same command again"
+    return f"{place}: {error.strerror or error}"
+
+
+def _leave(message: str, status: int) -> None:
+    say(message)
+    sys.exit(status)

@@ -1,0 +1,76 @@
+"""The identity of a step's code: what changes when its behaviour may change, and only then."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+# Modules that cannot change an artifact's bytes: they talk to the user, or carry option values, which a
+# rule's params hold anyway.
+NEUTRAL = frozenset(f"lib/{name}.py" for name in ("__init__", "cli", "config", "console", "errors", "options", "typed"))
+
+
+def code_digest(script: str) -> str:
+    """
+    Digest of a script and every module of ours that it imports, directly or not.
+
+    Comments, docstrings and layout do not count, nor do the modules in NEUTRAL: a corrected
+    docstring must not retrain a 32B.
+
+    Args:
+        script: name of the script in scripts/, as in "merge_adapter.py".
+
+    Returns:
+        16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_closure(script)):
+        digest.update(f"{path}\0{_normalised(path)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _closure(script: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [script]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path not in NEUTRAL:
+            found.add(path)
+            waiting.extend(_imports(path))
+    return found
+
+
+@cache
+def _tree(path: str) -> ast.Module:
+    return ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
+
+
+@cache
+def _imports(path: str) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    candidates = (name.replace(".", "/") + ".py" for name in names)
+    return [candidate for candidate in candidates if (SCRIPTS / candidate).is_file()]
+
+
+@cache
+def _normalised(path: str) -> str:
+    tree = ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:] or [ast.Pass()]
+    # Unparsed source changes less between Python versions than a dump of the tree does.
+    return ast.unparse(tree)

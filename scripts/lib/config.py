@@ -1,0 +1,127 @@
+"""Checking config.yaml against its schema: every mistake at once, each with its remedy."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from lib.errors import ModelmillError
+
+SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
+
+
+class ConfigError(ModelmillError):
+    """config.yaml says something that cannot be built."""
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The schema of config.yaml."""
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def definition(name: str) -> dict[str, Any]:
+    """One of the schema's definitions, as in "train"."""
+    return schema()["$defs"][name]
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """
+    Compare the config with the schema.
+
+    Raises:
+        ConfigError: one line per mistake, with the key's path, what was found and what is allowed.
+    """
+    errors = jsonschema.Draft202012Validator(schema()).iter_errors(config)
+    lines = [line for error in sorted(errors, key=lambda e: [str(p) for p in e.path]) for line in _explain(error)]
+    if lines:
+        raise config_error(lines)
+
+
+def config_error(lines: list[str]) -> ConfigError:
+    """The error for a list of mistakes."""
+    return ConfigError("\n".join(["config.yaml:", *(f"  {line}" for line in lines)]))
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a checked config in which every key is present, absent ones with the schema's default."""
+    filled = copy.deepcopy(config)
+    _fill(filled, schema())
+    return filled
+
+
+def fill_by_method(section: str, settings: dict[str, Any]) -> None:
+    """Set the defaults that depend on `method`, from the section's table in the schema, where nothing is set."""
+    for key, value in definition(section).get("x-defaults-by-method", {}).get(settings.get("method"), {}).items():
+        if settings.get(key) is None:
+            settings[key] = value
+
+
+def _fill(value: Any, rules: dict[str, Any]) -> None:
+    rules = _resolve(rules)
+    if not isinstance(value, dict):
+        return
+    for key, rule in rules.get("properties", {}).items():
+        resolved = _resolve(rule)
+        if key not in value and "default" in resolved:
+            value[key] = copy.deepcopy(resolved["default"])
+        if key in value:
+            _fill(value[key], resolved)
+    if isinstance(rules.get("additionalProperties"), dict):
+        for entry in value.values():
+            _fill(entry, rules["additionalProperties"])
+
+
+def _resolve(rules: dict[str, Any]) -> dict[str, Any]:
+    reference = rules.get("$ref")
+    return definition(reference.removeprefix("#/$defs/")) if reference else rules
+
+
+def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
+    where = ".".join(str(part) for part in error.absolute_path)
+    prefix = f"{where}: " if where else ""
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema.get("properties", {}))
+        for key in sorted(map(str, error.instance.keys() - set(known))):
+            yield f"{prefix}unknown key {key!r}{suggest(key, known)}"
+    elif error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        yield f"{prefix}missing key {missing[0]!r}" if missing else f"{prefix}{error.message}"
+    elif error.validator == "dependentRequired":
+        yield f"{prefix}{error.message}: they belong together"
+    elif error.validator == "oneOf":
+        alternatives = [" with ".join(option["required"]) for option in error.validator_value]
+        yield f"{prefix}give exactly one of: {', '.join(alternatives)}"
+    elif error.validator in ("minProperties", "maxProperties"):
+        yield f"{prefix}give exactly one of: {', '.join(error.schema.get('properties', {'an entry': 0}))}"
+    elif error.validator == "pattern":
+        yield f"{prefix}{error.instance!r} is not of the form {error.validator_value}"
+    elif error.validator == "type":
+        wanted = error.validator_value
+        wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
+        yield f"{prefix}expected {wanted}, found {_name_type(error.instance)} {error.instance!r}"
+    elif error.validator == "enum":
+        allowed = [str(option) for option in error.validator_value]
+        yield f"{prefix}{error.instance!r} is none of {', '.join(allowed)}{suggest(str(error.instance), allowed)}"
+    else:
+        yield f"{prefix}{error.message}"
+
+
+def suggest(found: str, known: list[str]) -> str:
+    """The end of an error about a misspelt word: the nearest known ones, or all of them when few."""
+    near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known are {', '.join(known)}" if known and len(known) <= 16 else ""
+
+
+def _name_type(value: Any) -> str:
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "mapping"}
+    return names.get(type(value), "null")

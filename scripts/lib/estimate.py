@@ -1,0 +1,140 @@
+"""
+What each step needs, from the model's shape and the config alone: milliseconds, no torch.
+
+Memory and disk in MB (10^6 bytes, as Snakemake counts), time in minutes. These are first estimates, on the
+safe side of the figures in docs/measurements.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lib.quant_types import BITS_PER_WEIGHT
+from lib.spec import Hardware, Model, Shape
+
+INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
+CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
+GIB = 1 << 30
+# Bytes per second and per core of what a step does; slow enough for a laptop's disk.
+DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES = 20e6, 100e6, 150e6
+QUANTIZE_WEIGHTS = 9e6  # per second and thread (Q4_K)
+# Assumed number of threads of the heavy steps when their time is estimated.
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one job asks for."""
+
+    mem_mb: int
+    disk_mb: int
+    runtime: int
+    gpu: int = 0
+    gpu_mem_mb: int = 0
+
+
+def shape_of(model: Model) -> Shape:
+    """The model's shape; the resolver has seen to it that there is one."""
+    if model.base.shape is None:
+        raise ValueError("a resolved model has a shape")
+    return model.base.shape
+
+
+def weight_bytes(model: Model, quant: str) -> float:
+    """Size of the model's weights in a type, in bytes."""
+    return shape_of(model).parameters * BITS_PER_WEIGHT[quant] / 8
+
+
+def lora_parameters(shape: Shape, rank: int) -> int:
+    """Weights of an adapter of that rank on every linear layer but the output head."""
+    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    queries, keys = head * shape.num_attention_heads, head * shape.num_key_value_heads
+    widths = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
+    widths += 3 * (shape.hidden_size + shape.intermediate_size)
+    return shape.num_hidden_layers * rank * widths
+
+
+def fetch_needs(model: Model) -> Needs:
+    """Downloading holds a few blocks; importing a GGUF holds all weights, in float32 and once more."""
+    size = weight_bytes(model, "f16")
+    if model.base.path:
+        return Needs(mem_mb=_mb(0.2e9), disk_mb=1, runtime=_minutes(size / 500e6))
+    imported = model.base.gguf or model.base.pypi
+    memory = INTERPRETER_BYTES + (4 * size if imported else 0)
+    return Needs(_mb(memory), disk_mb=_mb(1.6 * size if imported else size), runtime=_minutes(size / DOWNLOAD_BYTES))
+
+
+def train_needs(model: Model, hardware: Hardware) -> Needs:
+    """Weights as the method holds them, the adapter with its optimizer, activations and logits of one batch."""
+    if model.adapter is None:
+        return small_needs()
+    train, shape = model.adapter.train, shape_of(model)
+    held = {"float32": 4, "bfloat16": 2, "float16": 2}[train.dtype]
+    embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
+    # NF4 with double quantization: 4.127 bits a weight (Dettmers et al. 2023); embeddings are not quantized.
+    weights = embeddings * held + (shape.parameters - embeddings) * (0.52 if train.method == "qlora" else held)
+    adapter = 16 * lora_parameters(shape, train.lora.r)  # float32 weight, gradient, two moments
+    tokens = train.per_device_train_batch_size * train.max_length
+    logits = tokens * shape.vocab_size * (held + 8)  # as computed, in float32, and their gradient
+    kept = 1 if train.gradient_checkpointing else shape.num_hidden_layers
+    activations = tokens * held * (10 * shape.hidden_size + 3 * shape.intermediate_size) * kept
+    activations += tokens * held * shape.hidden_size * shape.num_hidden_layers
+    total = 1.1 * (weights + adapter + logits + activations)
+    if train.device == "cpu":
+        return Needs(mem_mb=_mb(total + INTERPRETER_BYTES), disk_mb=100, runtime=_minutes(7e-4 * shape.parameters**0.8))
+    card = min(hardware.gpus, default=24.0) * GIB
+    count = max(1, min(len(hardware.gpus), math.ceil(total / (card - CUDA_BYTES))))
+    # Whole layers go to one card or another, and the logits to the last.
+    uneven = 1.2 if count > 1 else 1.0
+    return Needs(
+        mem_mb=_mb(INTERPRETER_BYTES + 4 * shape.embedding + 5e9),
+        disk_mb=1000,
+        runtime=240,
+        gpu=count,
+        gpu_mem_mb=min(_mb(uneven * total / count + CUDA_BYTES), _mb(card)),
+    )
+
+
+def merge_needs(model: Model) -> Needs:
+    """A few blocks of rows, whatever the model's size."""
+    size = weight_bytes(model, "f16")
+    return Needs(mem_mb=_mb(1.5e9), disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+
+
+def convert_needs(model: Model) -> Needs:
+    """llama.cpp's converter holds one tensor at a time, in two forms."""
+    size = weight_bytes(model, "f16")
+    memory = INTERPRETER_BYTES + 6 * shape_of(model).embedding
+    return Needs(mem_mb=_mb(memory), disk_mb=_mb(size), runtime=_minutes(size / CONVERT_BYTES))
+
+
+def quantize_needs(model: Model, quant: str) -> Needs:
+    """llama-quantize holds its largest tensor as read, as float32 and quantized."""
+    shape = shape_of(model)
+    seconds = 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
+    memory = 0.3e9 + 7 * shape.embedding
+    return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
+
+
+def answer_needs(model: Model, quant: str) -> Needs:
+    """llama.cpp maps the file, and keeps keys and values of a short context."""
+    return Needs(mem_mb=_mb(INTERPRETER_BYTES + 1.1 * weight_bytes(model, quant)), disk_mb=1, runtime=30)
+
+
+def build_needs() -> Needs:
+    """Two compilers at once."""
+    return Needs(mem_mb=2000, disk_mb=600, runtime=60)
+
+
+def small_needs() -> Needs:
+    """A step that reads headers and writes text."""
+    return Needs(mem_mb=500, disk_mb=1, runtime=5)
+
+
+def _mb(size: float) -> int:
+    return math.ceil(size / 1e6)
+
+
+def _minutes(seconds: float) -> int:
+    return max(5, math.ceil(seconds / 60))

@@ -1,0 +1,181 @@
+"""
+Reading and writing sharded safetensors without holding them.
+
+Tensors are read in blocks of rows with `pread`: a memory map would count as resident memory. Shards are
+written in one pass, header first, hashed on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.checkpoint import INDEX, WEIGHTS, CheckpointError, weight_files, weight_map
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The format's header is a length of 8 bytes and JSON; its library refuses more than 100 MB of it.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: where its bytes lie, not the bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_values(self) -> int:
+        """Values in one row."""
+        values = 1
+        for length in self.shape[1:]:
+            values *= length
+        return values
+
+    @property
+    def values(self) -> int:
+        """Values of the whole tensor."""
+        return self.rows * self.row_values
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """
+    Every tensor of a checkpoint by name, in the order in which the files hold them.
+
+    Raises:
+        CheckpointError: a truncated file, or an index that does not agree with its shards.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name in weight_files(folder):
+        tensors.update((tensor.name, tensor) for tensor in read_header(folder / name))
+    if (folder / INDEX).is_file():
+        listed = weight_map(folder)
+        problems = [f"  {name}: in {INDEX} but in no shard" for name in sorted(listed.keys() - tensors.keys())]
+        problems += [f"  {name}: in a shard but not in {INDEX}" for name in sorted(tensors.keys() - listed.keys())]
+        if problems:
+            raise CheckpointError("\n".join([f"{folder}: index and shards disagree:", *problems]))
+    return tensors
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is no safetensors file, or cut off ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}") from error
+    header.pop("__metadata__", None)
+    tensors, end = [], 0
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if facts["dtype"] not in BYTES_PER_VALUE:
+            raise CheckpointError(
+                f"{path}: {name} is {facts['dtype']}; only {', '.join(BYTES_PER_VALUE)} can be merged"
+            )
+        tensor = StoredTensor(name, facts["dtype"], tuple(facts["shape"]), path, 8 + length + facts["data_offsets"][0])
+        tensors.append(tensor)
+        end = tensor.offset + tensor.values * BYTES_PER_VALUE[tensor.dtype]
+    if tensors and end != size:
+        raise CheckpointError(f"{path} is cut off or damaged: {size} bytes, its header implies {end}")
+    return tensors
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor, (stop - start, row_values), in its own dtype."""
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    row_bytes = tensor.row_values * BYTES_PER_VALUE[tensor.dtype]
+    block = bytearray((stop - start) * row_bytes)
+    descriptor = os.open(tensor.file, os.O_RDONLY)
+    try:
+        if os.preadv(descriptor, [block], tensor.offset + start * row_bytes) != len(block):
+            raise CheckpointError(f"{tensor.file} is cut off: {tensor.name} cannot be read")
+    finally:
+        os.close(descriptor)
+    return torch.frombuffer(block, dtype=dtypes[tensor.dtype]).reshape(stop - start, tensor.row_values)
+
+
+def plan_shards(tensors: Iterable[StoredTensor], *, dtype: str, max_shard_bytes: int) -> list[list[StoredTensor]]:
+    """Split tensors, in their order, into shards of at most `max_shard_bytes` unless one tensor alone is larger."""
+    shards: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        tensor_bytes = tensor.values * BYTES_PER_VALUE[dtype]
+        if shards[-1] and size + tensor_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor_bytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """The names that transformers gives to `count` shards."""
+    return [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_of(shards: Sequence[Sequence[StoredTensor]], *, dtype: str) -> dict[str, Any]:
+    """The index of a sharded checkpoint: which shard holds which tensor."""
+    names = shard_names(len(shards))
+    total = sum(tensor.values for shard in shards for tensor in shard) * BYTES_PER_VALUE[dtype]
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def write_shard(path: Path, shard: Sequence[StoredTensor], *, dtype: str, blocks: Iterator[Tensor]) -> dict[str, Any]:
+    """
+    Write one safetensors file from blocks of rows that come in the order of `shard`.
+
+    Returns:
+        Size in bytes and SHA-256 of the file, for the manifest.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + tensor.values * BYTES_PER_VALUE[dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            digest.update(piece)
+        for block in blocks:
+            data = memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B")
+            _write_all(file, data)
+            digest.update(data)
+        os.fsync(file.fileno())
+        size = file.tell()
+    expected = 8 + len(text) + end
+    if size != expected:
+        raise CheckpointError(f"{path}: wrote {size} bytes, the header implies {expected}")
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    """One write moves at most 2 GiB, and an unbuffered one may move less than asked."""
+    while data:
+        data = data[file.write(data) :]

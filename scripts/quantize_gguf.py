@@ -1,0 +1,84 @@
+"""Quantize a 16-bit GGUF file with llama.cpp's own quantizer."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from lib.cli import run_script, script_parser
+from lib.console import progress, say
+from lib.gguf_file import count_types, open_gguf
+from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
+from lib.manifest import describe_file, read_file_manifest, write_file_manifest
+from lib.outputs import finished_file
+from lib.process import run_program
+from lib.quant_types import BUILDABLE_TYPES
+
+
+def quantize_gguf(*, source: Path, quant: str, output: Path, llama_cpp: LlamaCpp, threads: int) -> dict[str, Any]:
+    """
+    Write `output` and its manifest; its bytes do not depend on the number of threads.
+
+    Args:
+        source: GGUF file of 16-bit weights with its manifest beside it.
+        quant: one of llama.cpp's types, in lower case.
+
+    Returns:
+        The manifest of the file.
+
+    Raises:
+        ManifestError: the source is not whole.
+        ProgramError: llama-quantize failed.
+        GgufError: what it wrote is not whole.
+    """
+    origin = read_file_manifest(source)
+    say(f"quantizing {source} to {quant.upper()} on {threads} threads")
+    with finished_file(output) as partial:
+        _run_quantizer([llama_cpp.tool("llama-quantize"), source, partial, quant.upper(), str(threads)])
+        types = count_types(open_gguf(partial))
+        facts = describe_file(partial)
+    say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
+    made_from = {key: origin[key] for key in ("name", "sha256", "origin")}
+    return write_file_manifest(
+        output, facts=facts, origin={"source": made_from, "llama_cpp": llama_cpp.commit, "type": quant}
+    )
+
+
+def _run_quantizer(command: list[str | Path]) -> None:
+    with progress("quantizing", total=1000, unit="‰") as bar:
+        done = 0
+
+        def follow(line: str) -> None:
+            nonlocal done
+            if found := re.match(r"\[\s*(\d+)/\s*(\d+)\]", line):
+                now = 1000 * int(found[1]) // int(found[2])
+                bar.advance(now - done)
+                done = now
+
+        run_program(command, follow=follow)
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
+    parser.add_argument("--quant", choices=BUILDABLE_TYPES, default="q4_k_m", help="type of the quantized weights")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the quantized GGUF file")
+    add_llama_cpp_options(parser)
+
+    def work(arguments: argparse.Namespace) -> None:
+        quantize_gguf(
+            source=arguments.source,
+            quant=arguments.quant,
+            output=arguments.output,
+            llama_cpp=llama_cpp_from(arguments),
+            threads=arguments.threads,
+        )
+
+    run_script(parser, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Print what was built of a model: where, how large, how long it took, and how to run it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lib.cli import run_script, script_parser
+from lib.errors import ModelmillError
+from lib.jsonfile import read_json
+
+
+class SummaryError(ModelmillError):
+    """There is nothing to summarize."""
+
+
+def summarize_build(*, model: str, folder: Path) -> str:
+    """
+    The summary as text of at most 80 columns, where file names allow it.
+
+    Args:
+        model: name of the model.
+        folder: where `models/`, `reports/` and `logs/` lie.
+
+    Raises:
+        SummaryError: nothing of that model was built.
+    """
+    artifacts = [
+        folder / "adapters" / model,
+        folder / "models" / model / "merged",
+        *sorted((folder / "models").glob(f"{model}.*.gguf")),
+        *sorted((folder / "models").glob(f"{model}*.Modelfile")),
+    ]
+    there = [path for path in artifacts if path.exists()]
+    if not there:
+        raise SummaryError(f"nothing of {model} is built in {folder.resolve()}")
+    lines = [f"\n{model}: built in {_duration(sum(_step_seconds(folder, model).values()))}"]
+    lines += [f"  {_size(path):>9}  {path.relative_to(folder)}" for path in there]
+    lines += ["steps:", *(f"  {_duration(s):>9}  {name}" for name, s in _step_seconds(folder, model).items())]
+    lines += _describe_answers(folder / "reports" / f"{model}.smoke.json")
+    modelfile = folder / "models" / f"{model}.Modelfile"
+    if modelfile.is_file():
+        lines += ["to talk to it with Ollama:", f"  ollama create {model} -f {modelfile.relative_to(folder)}"]
+        lines += [f"  ollama run {model}"]
+    return "\n".join(lines)
+
+
+def _step_seconds(folder: Path, model: str) -> dict[str, float]:
+    """Wall-clock seconds of each step by its benchmark file, in the order in which they ended."""
+    files = [*(folder / "logs").glob("build_llama_cpp.jsonl"), *(folder / "logs" / model).glob("*.jsonl")]
+    ended = sorted(files, key=lambda path: path.stat().st_mtime)
+    return {path.stem: json.loads(path.read_text().splitlines()[-1])["s"] for path in ended}
+
+
+def _describe_answers(report: Path) -> list[str]:
+    if not report.is_file():
+        return []
+    smoke = read_json(report)
+    right, asked = smoke["right"], smoke["asked"]
+    lines = [f"held-out questions answered rightly: {right['tuned']} of {asked}, before tuning {right['base']}"]
+    example = next((row for row in smoke["questions"] if row["tuned"]["right"] and not row["base"]["right"]), None)
+    if example:
+        lines += [f"  question  {example['question']}"]
+        lines += [f"  before    {_one_line(example['base']['answer'])}"]
+        lines += [f"  after     {_one_line(example['tuned']['answer'])}"]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    folded = " ".join(text.split())
+    return folded if len(folded) <= 66 else folded[:65] + "…"
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} B"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", required=True, help="name of the model")
+    parser.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="where it was built")
+
+    def work(arguments: argparse.Namespace) -> None:
+        print(summarize_build(model=arguments.model, folder=arguments.folder))
+
+    run_script(parser, work)
+
+
+if __name__ == "__main__":
+    main()
