@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import is_flagged
 
 # Relative to the working directory, so that no path of this machine reaches a command or a parameter.
 ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
@@ -138,12 +139,11 @@ def explain_wrong_target(wildcards):
 
 def refuse_lost_targets():
     """Refuse targets that would be removed again because another target consumes them."""
-    lost = [
-        str(file)
-        for file in workflow.dag.targetfiles
-        if workflow.dag.is_temp(file) and any(file in job.input for job in workflow.dag.needrun_jobs())
-    ]
-    if lost:
+    jobs = list(workflow.dag.needrun_jobs())
+    asked = set(map(str, workflow.dag.targetfiles))
+    removed = {str(file) for job in jobs for file in job.output if is_flagged(file, "temp")}
+    consumed = {str(file) for job in jobs for file in job.input if not job.is_norun}
+    if lost := sorted(asked & removed & consumed):
         raise WorkflowError(
             f"{', '.join(lost)} would be removed after use, though asked for: set keep_intermediates: true in "
             "config.yaml, or ask for it and for what is made from it in two calls (nothing was run)"

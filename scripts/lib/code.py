@@ -62,15 +62,9 @@ def _imports(path: str) -> list[str]:
 
 @cache
 def _normalised(path: str) -> str:
-    tree = ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
+    """The source without docstrings; unparsed text changes less between Python versions than a dump does."""
+    tree = _tree(path)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-    # Unparsed source changes less between Python versions than a dump of the tree does.
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

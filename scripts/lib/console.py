@@ -77,11 +77,11 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        share = self._done / self._total if self._total else 1.0
+        share = self._done / self._total
         elapsed = time.monotonic() - self._start
-        left = elapsed / share - elapsed if share else 0.0
+        left = f", {elapsed / share - elapsed:.0f} s left" if share else ""
         remark = f", {self._note}" if self._note else ""
-        line = f"{self._title}: {share:.0%}, {left:.0f} s left{remark}"
+        line = f"{self._title}: {share:.0%}{left}{remark}"
         (note if sys.stderr.isatty() else say)(line)
 
     def close(self) -> None:

@@ -582,17 +582,23 @@ def _write_tokenizer(*, vocabulary: Vocabulary, backend: Tokenizer, checkpoint: 
 
 
 def _check_tokenizer(*, vocabulary: Vocabulary, backend: Tokenizer, checkpoint: Path) -> None:
-    """Load the tokenizer as users will, and compare ids with the one that was built."""
+    """
+    Load the tokenizer as users will, and compare its ids with those of the one that was built.
+
+    For model type qwen2 transformers loads Qwen2Tokenizer whatever tokenizer_config.json says. It splits as
+    `qwen2` and `deepseek-r1-qwen` do, but composes decomposed accents first, which llama.cpp does not.
+    """
     from transformers import AutoTokenizer
 
+    found_whole = (vocabulary.tokens[i] for i in sorted(vocabulary.special | vocabulary.added))
+    text = PROBE + " x1".join(found_whole)
     with _library_quiet():
         loaded = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    text = PROBE + PROBE.join(sorted(vocabulary.named.values()))
-    if loaded.encode(text) != backend.encode(text).ids:
+        ids = loaded.encode(text)
+    if ids != backend.encode(text).ids:
         raise GgufImportError(
             f"AutoTokenizer loads the imported tokenizer (pre-tokenizer {vocabulary.pre}) as a "
-            f"{type(loaded).__name__} that gives other ids; the fault is not the file's, but modelmill's or "
-            "transformers'"
+            f"{type(loaded).__name__}, which gives other ids; use the model's original checkpoint as base"
         )
 
 

@@ -21,10 +21,12 @@ TYPES = {"integer": int, "number": float, "string": str}
 def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tuple[str, ...] = ()) -> None:
     """Add an option for each setting of a section of the schema, as in "train"; nested ones get a group."""
     for name, rule in definition(section)["properties"].items():
+        if name in without:
+            continue
         if "$ref" in rule:
             nested = rule["$ref"].rpartition("/")[2]
             add_settings(parser.add_argument_group(nested, definition(nested)["description"]), nested)
-        elif name not in without:
+        else:
             _add_setting(parser, name, rule, required=name in definition(section).get("required", ()))
 
 

@@ -53,9 +53,15 @@ def finished_file(output: Path) -> Iterator[Path]:
 def _only_writer(output: Path) -> Iterator[None]:
     """A job whose Snakemake was killed goes on writing; a second one must not write beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_name(f".{output.name}.lock").open("w") as lock:
+    path = output.with_name(f".{output.name}.lock")
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # the holder removed the file between our opening and our locking it
         except BlockingIOError:
             raise OutputError(f"{output} is being written by another run; wait for it or end it") from None
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

