@@ -50,7 +50,11 @@ def run(folder: Path, work: str, *options: str) -> subprocess.CompletedProcess[s
         ("raise OSError(errno.ENOSPC, 'No space left on device')", 1, "the disk is full"),
         ("open('/nowhere/at-all')", 1, "do_it.py: /nowhere/at-all: No such file or directory\n"),
         ("open(os.getcwd(), 'w')", 1, "Is a directory"),
-        ("{}['lost']", 1, "do_it.py: internal error: KeyError: 'lost' (details in a log: run it again with --log FILE)\n"),
+        (
+            "{}['lost']",
+            1,
+            "do_it.py: internal error: KeyError: 'lost' (details in a log: run it again with --log FILE)\n",
+        ),
         ("raise ValueError('odd') from OSError('inner')", 1, "internal error: ValueError: odd"),
     ],
 )
@@ -101,7 +105,9 @@ def test_threads_can_be_left_out() -> None:
     assert script_parser("x").parse_args([]).threads == usable_cores()
 
 
-@pytest.mark.parametrize(("cores", "slurm", "usable"), [(8, None, 8), (8, "3", 3), (2, "64", 2), (8, "", 8), (8, "x", 8)])
+@pytest.mark.parametrize(
+    ("cores", "slurm", "usable"), [(8, None, 8), (8, "3", 3), (2, "64", 2), (8, "", 8), (8, "x", 8)]
+)
 def test_usable_cores(cores: int, slurm: str | None, usable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(cli, "Path", lambda _: Path("/nowhere"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,14 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Path]:
+@pytest.fixture(autouse=True)
+def log(tmp_path: Path) -> Iterator[Path]:
+    """
+    Where tests let the log go; afterwards nothing writes there.
+
+    Tests themselves call `configure_logging`: what pytest captures with is another stream while fixtures are made.
+    """
     handlers = LOGGER.handlers[:]
-    configure_logging(log=tmp_path / "new" / "x.log")
     yield tmp_path / "new" / "x.log"
     LOGGER.handlers[:] = handlers
 
@@ -37,6 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_say_and_note(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log=log)
     say("merged 100% of 語")
     note("detail with %s and %d")
     shown = capsys.readouterr()
@@ -48,6 +54,7 @@ def test_say_and_note(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_log_starts_anew(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log=log)
     say("first run")
     configure_logging(log=log)
     say("second run")
@@ -56,15 +63,14 @@ def test_a_log_starts_anew(log: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_without_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    handlers = LOGGER.handlers[:]
     configure_logging(log=None)
     say("shown")
     note("not shown")
-    LOGGER.handlers[:] = handlers
     assert capsys.readouterr().err == "shown\n"
 
 
 def test_progress_is_a_line_now_and_then(log: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log=log)
     with progress("merging", total=10, unit="B") as bar:
         for second in range(1, 11):
             clock.now = 1000.0 + second * SECONDS_BETWEEN_LINES / 2
@@ -80,6 +86,7 @@ def test_progress_is_a_line_now_and_then(log: Path, clock: Clock, capsys: pytest
 
 
 def test_a_short_step_shows_nothing(log: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log=log)
     with progress("merging", total=3) as bar:
         bar.advance(3)
     assert capsys.readouterr().err == ""
@@ -88,17 +95,21 @@ def test_a_short_step_shows_nothing(log: Path, clock: Clock, capsys: pytest.Capt
 def test_a_terminal_gets_a_bar_and_the_log_lines(
     log: Path, clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
+    configure_logging(log=log)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress("merging", total=4) as bar:
         clock.now += 2 * SECONDS_BETWEEN_LINES
-        bar.advance()
-    assert "merging:  25%" in capsys.readouterr().err
-    assert "merging: 25%, 60 s left" in log.read_text()
+        bar.advance(remark="loss 0.5")
+        say("a message")
+    shown = capsys.readouterr().err
+    assert "merging:   0%" in shown
+    assert "a message\n" in shown.replace("\r", "\n")
+    assert "s left" not in shown
+    assert "merging: 25%, 60 s left, loss 0.5" in log.read_text()
 
 
 def test_progress_of_nothing(log: Path, clock: Clock) -> None:
+    configure_logging(log=log)
     with progress("merging", total=0) as bar:
         clock.now += 2 * SECONDS_BETWEEN_LINES
         bar.advance(0)

@@ -89,9 +89,7 @@ def test_the_reference_machine_holds_every_step_of_the_reference_model(shipped: 
 @STEPS
 @pytest.mark.parametrize("gpus", [[], [10000.0]], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("key", [key for key in TINY if key not in ("num_attention_heads", "tie_word_embeddings")])
-def test_a_larger_model_never_needs_less(
-    step: str, gpus: list[float], key: str, make: Callable[..., Project]
-) -> None:
+def test_a_larger_model_never_needs_less(step: str, gpus: list[float], key: str, make: Callable[..., Project]) -> None:
     """On one card that holds anything, since a share of several cards may shrink as cards are added."""
     found = []
     for factor in (1, 10, 1000):

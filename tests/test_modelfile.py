@@ -9,7 +9,9 @@ import pytest
 
 from lib.modelfile import ModelfileError, render_modelfile
 
-STATEMENT = re.compile(r'(FROM|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S)
+STATEMENT = re.compile(
+    r'(FROM|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S
+)
 
 
 def read(text: str) -> list[tuple[str, str]]:

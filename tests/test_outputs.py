@@ -46,9 +46,7 @@ def test_the_final_name_appears_at_the_end(finished: Finished, tmp_path: Path) -
 
 @BOTH
 @pytest.mark.parametrize("ending", [Stopped, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_of_a_block_that_fails(
-    finished: Finished, ending: type[BaseException], tmp_path: Path
-) -> None:
+def test_nothing_is_left_of_a_block_that_fails(finished: Finished, ending: type[BaseException], tmp_path: Path) -> None:
     with pytest.raises(ending), finished(tmp_path / "out") as partial:
         write(partial, "half")
         raise ending

@@ -35,7 +35,9 @@ def make_wheel(shop: Path, *, version: str = "1.0", needs: str = "") -> str:
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("goods/data.bin", version)
         wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: goods\nVersion: {version}\n{needs}")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{about}/RECORD", "")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -86,7 +86,7 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
     card = min(hardware.gpus, default=24.0) * GIB
     count = max(1, min(len(hardware.gpus), math.ceil(total / (card - CUDA_BYTES))))
     # Whole layers go to one card or another, and the logits to the last.
-    uneven = 1.2 if count > 1 else 1.0
+    uneven = 1.3 if count > 1 else 1.0
     return Needs(
         mem_mb=_mb(INTERPRETER_BYTES + 4 * shape.embedding + 5e9),
         disk_mb=1000,
