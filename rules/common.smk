@@ -12,6 +12,7 @@ from snakemake.io import is_flagged
 ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
 sys.path.insert(0, f"{ROOT}/scripts")
 
+from lib.checkpoint import is_side_file
 from lib.code import code_digest
 from lib import estimate
 from lib.errors import ModelmillError
@@ -105,7 +106,8 @@ def local_base_files(wildcards):
     base = spec(wildcards.model).base
     if base.gguf:
         return [base.gguf]
-    return sorted(map(str, Path(base.path).glob("*.*"))) if base.path else []
+    files = sorted(Path(base.path).iterdir()) if base.path else []
+    return [str(path) for path in files if is_side_file(path.name) or path.suffix == ".safetensors"]
 
 
 def adapter_manifest(wildcards):

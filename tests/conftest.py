@@ -17,6 +17,7 @@ from lib.cli import usable_cores
 from lib.config import schema
 from lib.llama_cpp import TOOLS, LlamaCpp, provide_llama_cpp
 
+pytest_plugins = ["tiny_gguf"]
 ROOT = Path(__file__).resolve().parent.parent
 
 

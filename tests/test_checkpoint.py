@@ -37,6 +37,16 @@ def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
     assert weight_map(folder) == {"w0": SHARDS[1], "w1": SHARDS[0]}
 
 
+def test_shards_beside_a_whole_file_are_no_guess(tmp_path: Path) -> None:
+    """transformers, which trains, would load the whole file; a merge must not take other weights."""
+    try:
+        found = weight_files(fill(shard(tmp_path, *SHARDS), WEIGHTS))
+    except CheckpointError as error:
+        assert WEIGHTS in str(error)
+    else:
+        assert found == [WEIGHTS]
+
+
 def test_every_missing_shard_is_named(tmp_path: Path) -> None:
     folder = shard(tmp_path, *SHARDS)
     for name in SHARDS:

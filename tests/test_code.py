@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lib import code
 
-Digest = Callable[[str], str]
 FILES = {
     "train.py": '"""Train."""\nfrom lib.model import fit\n\n\ndef main():\n    """Run."""\n    fit(1)\n',
     "merge.py": "import json\n\nfrom lib import numbers\n\nnumbers.add(json.loads('1'), 2)\n",

@@ -31,6 +31,8 @@ def log(tmp_path: Path) -> Iterator[Path]:
     """
     handlers = LOGGER.handlers[:]
     yield tmp_path / "new" / "x.log"
+    for handler in set(LOGGER.handlers) - set(handlers):
+        handler.close()
     LOGGER.handlers[:] = handlers
 
 

@@ -18,11 +18,12 @@ CHATML = (
 WITH_BOS = "{{ bos_token }}" + CHATML
 # As of many published models: a system prompt of their own if there is none.
 WITH_SYSTEM = (
-    "{% if not messages or messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
-    + CHATML
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 # As of models that take reasoning out of earlier turns.
 FORGETFUL = CHATML.replace("m['content'] +", "(m['content'] if loop.last else m['content'].split('</think>')[-1]) +")
+# As of DeepSeek-R1: the reasoning is taken out of every turn, the last one too.
+SILENT = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
 STRICT = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles have to alternate') }}{% endif %}{% endfor %}" + CHATML
@@ -51,11 +52,6 @@ TALKS: dict[str, Messages] = {
         {"role": "user", "content": "Hello?"},
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": "Bye."},
-    ],
-    "the assistant begins": [
-        {"role": "assistant", "content": "Welcome!"},
-        {"role": "user", "content": "Thanks."},
-        {"role": "assistant", "content": "Gladly."},
     ],
 }
 
@@ -134,6 +130,20 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any) -> Non
     assert encode_conversation(tokenizer, talk[:2], max_length=100).cut == 0
 
 
+def test_a_template_that_drops_what_is_to_be_learned_is_refused(tokenizer: Any) -> None:
+    """Or a model would silently be trained without the reasoning in its data."""
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>hm</think>So."}]
+    with pytest.raises(DataError, match="chat template"):
+        encode_conversation(with_template(tokenizer, SILENT), talk, max_length=100)
+
+
+def test_a_template_may_trim_what_is_said(tokenizer: Any) -> None:
+    trimming = CHATML.replace("m['content'] +", "m['content'] | trim +")
+    talk = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "\n So. "}]
+    sample = encode_conversation(with_template(tokenizer, trimming), talk, max_length=100)
+    assert learned(tokenizer, sample.labels) == ["So.<|im_end|>"]
+
+
 def test_a_conversation_that_the_template_refuses(tokenizer: Any) -> None:
     """The template's own words, as an error of the data."""
     with pytest.raises(DataError, match="roles have to alternate"):
@@ -200,6 +210,11 @@ def test_only_a_line_feed_ends_a_line(character: str, tmp_path: Path) -> None:
         ('{"messages": [{"role": ["user"], "content": "a"}]}', "every message needs a role"),
         ('{"messages": [{"role": "assistant"}]}', "every message needs a text as its content"),
         ('{"messages": [{"role": "assistant", "content": null}]}', "every message needs a text as its content"),
+        # Half of an emoji, as a tool leaves it that cuts text by UTF-16 units; no tokenizer takes it.
+        (
+            r'{"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}]}',
+            "every message",
+        ),
         (line(("user", "a")), "nothing that the assistant says"),
         (line(("user", "a"), ("assistant", " \n")), "nothing that the assistant says"),
     ],
@@ -233,3 +248,16 @@ def test_another_encoding_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="UTF-8") as refused:
         read_conversations(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_BOS, WITH_SYSTEM], ids=["chatml", "bos", "system"])
+def test_a_conversation_that_the_assistant_begins(template: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Refused as data or learned as it is; transformers renders no empty conversation, so nothing stands before."""
+    path = write(tmp_path, line(("assistant", "Welcome!"), ("user", "Hello?"), ("assistant", "Good morning.")))
+    try:
+        (talk,) = read_conversations(path)
+        sample = encode_conversation(with_template(tokenizer, template), talk, max_length=100)
+    except DataError as error:
+        assert "assistant" in str(error)
+    else:
+        assert learned(tokenizer, sample.labels) == ["Welcome!<|im_end|>", "Good morning.<|im_end|>"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import SHAPE
 
 from lib import estimate
 from lib.estimate import Needs
@@ -16,15 +17,6 @@ from lib.spec import Hardware, Model, Project, Shape, resolve_project
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB_IN_MB = (1 << 30) / 1e6
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-}
 EVERY_STEP: dict[str, Callable[[Model, Hardware], Needs]] = {
     "fetch": lambda model, _: estimate.fetch_needs(model),
     "train": estimate.train_needs,
@@ -88,12 +80,12 @@ def test_the_reference_machine_holds_every_step_of_the_reference_model(shipped: 
 
 @STEPS
 @pytest.mark.parametrize("gpus", [[], [10000.0]], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("key", [key for key in TINY if key not in ("num_attention_heads", "tie_word_embeddings")])
+@pytest.mark.parametrize("key", [key for key in SHAPE if key not in ("num_attention_heads", "tie_word_embeddings")])
 def test_a_larger_model_never_needs_less(step: str, gpus: list[float], key: str, make: Callable[..., Project]) -> None:
     """On one card that holds anything, since a share of several cards may shrink as cards are added."""
     found = []
     for factor in (1, 10, 1000):
-        shape = {**TINY, key: TINY[key] * factor, "head_dim": 16}
+        shape = {**SHAPE, key: SHAPE[key] * factor, "head_dim": 16}
         project = make(shape, gpus=gpus)
         found.append(dataclasses.astuple(EVERY_STEP[step](project.models["m"], project.hardware)))
     for smaller, larger in zip(found, found[1:], strict=False):
@@ -115,7 +107,7 @@ def test_a_larger_model_never_needs_less(step: str, gpus: list[float], key: str,
 def test_settings_that_take_memory(
     less: dict[str, Any], more: dict[str, Any], gpus: list[float], make: Callable[..., Project]
 ) -> None:
-    shape = {**TINY, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 32000}
+    shape = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 32000}
     small, large = (make(shape, gpus=gpus, **settings) for settings in (less, more))
     small, large = (estimate.train_needs(each.models["m"], each.hardware) for each in (small, large))
     assert small.gpu_mem_mb + small.mem_mb < large.gpu_mem_mb + large.mem_mb
@@ -149,12 +141,12 @@ def test_adapter_size_is_pefts(rank: int, head_dim: int | None) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    head = head_dim or TINY["hidden_size"] // TINY["num_attention_heads"]
+    head = head_dim or SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**{**TINY, "head_dim": head}))
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**{**SHAPE, "head_dim": head}))
         config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
         trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
-    assert estimate.lora_parameters(Shape(**TINY, head_dim=head_dim), rank) == trainable
+    assert estimate.lora_parameters(Shape(**SHAPE, head_dim=head_dim), rank) == trainable
 
 
 def test_without_an_adapter_nothing_is_trained(shipped: Project) -> None:

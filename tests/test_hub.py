@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -23,9 +22,11 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, Fault, requests_by_file
 
-from lib import hub
+from lib import hub_transfer
 from lib.console import LOGGER, configure_logging
-from lib.hub import STATE_FOLDER, HubError, download_checkpoint
+from lib.hub import download_checkpoint
+from lib.hub_folder import STATE_FOLDER, HubError, PartialFile
+from lib.outputs import OutputError, only_writer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 REPO = "maker/model-ja"
@@ -68,6 +69,7 @@ def other_files() -> dict[str, bytes]:
         "README.md": b"# model\n",
         "consolidated.safetensors": noise(4, 5000),
         "eval.png": b"\x89PNG",
+        "license.bin": b"pickle",
         "license.py": b"import os",
         "model-q4_k_m.gguf": b"GGUF",
         "model.onnx": b"onnx",
@@ -108,8 +110,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     # The library reads these once, at its import, which another test may have caused.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(hub, "FIRST_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(hub, "LATER_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(hub_transfer, "FIRST_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(hub_transfer, "LATER_WAITS", (0.0, 0.0))
     close_session()
     with FakeHub() as server:
         server.add(REPO, {**model_files(), **other_files()}, names=("main", "v1"))
@@ -226,6 +228,7 @@ def test_weights_in_other_formats_are_refused(
         (index_of("config.json"), "not there: config.json"),
         (b"[]", "no weight_map"),
         (b"{", "no weight_map"),
+        (b'{"weight_map": {"layer.0": 1}}', "no weight_map"),
     ],
 )
 def test_wrong_index_stops_before_the_shards(fake: FakeHub, output: Path, index: bytes, message: str) -> None:
@@ -285,7 +288,7 @@ def test_second_call_continues_a_shard_that_was_cut(fake: FakeHub, output: Path,
 def download_without_patience(output: Path) -> None:
     """Download with one attempt per file, so that a cut ends the call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "LATER_WAITS", ())
+        patch.setattr(hub_transfer, "LATER_WAITS", ())
         download_checkpoint(repo_id=REPO, revision="main", output=output)
 
 
@@ -355,12 +358,11 @@ def test_wrong_bytes_never_get_the_final_name(fake: FakeHub, output: Path, name:
 
 
 def test_second_process_on_the_same_folder_is_refused(fake: FakeHub, output: Path) -> None:
-    (output / STATE_FOLDER).mkdir(parents=True)
-    handle = os.open(output / STATE_FOLDER, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(HubError, match="another process"):
+    with only_writer(output), pytest.raises(OutputError, match="model is being written by another run"):
         download_checkpoint(repo_id=REPO, revision="main", output=output)
-    os.close(handle)
+    assert fake.requests == []
+    download_checkpoint(repo_id=REPO, revision="main", output=output)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
 # Without a network
@@ -538,24 +540,24 @@ def test_too_small_a_disk_is_seen_before_the_shards(
 
 
 def test_disk_that_fills_up_meanwhile(fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = hub._Partial.write
+    write = PartialFile.write
 
-    def full(self: hub._Partial, block: bytes) -> None:
+    def full(self: PartialFile, block: bytes) -> None:
         if self.done > 1_500_000:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, block)
 
-    monkeypatch.setattr(hub._Partial, "write", full)
+    monkeypatch.setattr(PartialFile, "write", full)
     with pytest.raises(HubError, match="MB are still to be fetched, but only .* are free on this disk"):
         download_checkpoint(repo_id=REPO, revision="main", output=output)
-    monkeypatch.setattr(hub._Partial, "write", write)
+    monkeypatch.setattr(PartialFile, "write", write)
     download_checkpoint(repo_id=REPO, revision="main", output=output)
     assert contents(output) == model_files()
 
 
 def test_output_that_cannot_be_a_folder(fake: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HubError, match="file: "):
+    with pytest.raises(HubError, match=r"file/\.hub: Not a directory"):
         download_checkpoint(repo_id=REPO, revision="main", output=tmp_path / "file")
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import SHAPE
 
 from lib.config import definition
 from lib.options import add_settings, as_options, option_name, settings_from
 from lib.spec import Smoke, resolve_project
 from lib.train_settings import Train
 from lib.typed import build
-
-SHAPE = dict.fromkeys(definition("shape")["required"], 4) | {"tie_word_embeddings": True}
 
 
 def resolved(folder: Path, *, data: str = "talks.jsonl", smoke: dict[str, Any] | None = None, **train: Any) -> Any:

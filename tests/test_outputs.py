@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,20 @@ def test_outputs_side_by_side_do_not_wait_for_each_other(finished: Finished, tmp
         write(one, "1")
         write(two, "2")
     assert (read(tmp_path / "one"), read(tmp_path / "two")) == ("1", "2")
+
+
+@BOTH
+def test_a_file_system_without_locks_goes_without(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with finished(tmp_path / "out") as partial:
+        write(partial, "done")
+    assert read(tmp_path / "out") == "done"
+    assert everything(tmp_path) == ["out"]
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:

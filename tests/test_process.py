@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ def log(tmp_path: Path) -> Iterator[Path]:
     handlers = LOGGER.handlers[:]
     configure_logging(log=tmp_path / "x.log")
     yield tmp_path / "x.log"
+    for handler in set(LOGGER.handlers) - set(handlers):
+        handler.close()
     LOGGER.handlers[:] = handlers
 
 
@@ -93,7 +97,11 @@ def test_variables_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_can_be_asked_of_the_user() -> None:
-    assert run("import sys; print(repr(sys.stdin.read()))") == ["''"]
+    """A program that waits for an answer would hang where nobody sees its question."""
+    inner = "import sys; sys.exit(len(sys.stdin.read()))"
+    outer = f"import sys; from lib.process import run_program; run_program([sys.executable, '-c', {inner!r}])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", outer], input=b"answer", env=environment).returncode == 0
 
 
 def test_a_follower_that_fails_ends_the_program(tmp_path: Path) -> None:

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import SHAPE
 
 from lib import spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(autouse=True)

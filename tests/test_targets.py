@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import SHAPE
 
 from lib.spec import Project, resolve_project
 from lib.targets import explain_target, final_files, wrong_targets
 
-SHAPE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-}
 HUB = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 
 

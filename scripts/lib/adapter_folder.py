@@ -25,7 +25,9 @@ def write_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    # Not "auto", which asks the Hub whether the vocabulary grew; nothing but the factors is trained.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes its file readable to the owner alone.
     os.chmod(folder / WEIGHTS, 0o644)

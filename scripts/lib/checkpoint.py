@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lib.errors import ModelmillError
 from lib.jsonfile import read_json
+from lib.manifest import NAME as MANIFEST
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What belongs to a checkpoint beside its weights; nothing in it is ever executed.
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
-PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+# What belongs to a checkpoint beside its weights, in any case of letters.
+SIDE_FILES = (
+    "*.json",
+    "*.jinja",
+    "license*",
+    "licence*",
+    "notice*",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "vocab.txt",
+    "merges.txt",
+)
+# Never taken, whatever else it is called: weights of another form, and what runs code when it is loaded.
+NEVER = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".py",
+    ".sh",
+    ".so",
+    ".onnx",
+    ".gguf",
+)
+# Weights in a form that can run code, by the names that people give them.
+PICKLED = ("*model*.bin", "consolidated*.pth", "*model*.pt", "*.ckpt")
 
 
 class CheckpointError(ModelmillError):
@@ -25,6 +56,8 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: none there, or shards that the index names are missing.
     """
+    if (folder / INDEX).is_file() and (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove the one that is not meant")
     if (folder / INDEX).is_file():
         names = sorted(set(weight_map(folder).values()))
         missing = [name for name in names if not (folder / name).is_file()]
@@ -45,13 +78,23 @@ def checkpoint_files(folder: Path) -> list[str]:
     """Names of all files that make up a checkpoint: weights, index, config, tokenizer, licence."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
-    sides = {path.name for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted({*sides, *weight_files(folder)} - {"MANIFEST.json"})
+    sides = {path.name for path in folder.iterdir() if path.is_file() and is_side_file(path.name)}
+    return sorted({*sides, *weight_files(folder)})
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of that name belongs to a checkpoint beside its weights; our own manifest does not."""
+    lowered = name.lower()
+    wanted = any(fnmatchcase(lowered, pattern) for pattern in SIDE_FILES)
+    return wanted and not lowered.endswith(NEVER) and name != MANIFEST
 
 
 def weight_map(folder: Path) -> dict[str, str]:
     """Which shard holds each tensor, as the index says."""
     try:
-        return read_json(folder / INDEX)["weight_map"]
-    except (ValueError, KeyError) as error:
+        found = read_json(folder / INDEX)["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{folder / INDEX} is damaged: its weight_map does not map tensors to files")
+    return found

@@ -46,10 +46,9 @@ def script_parser(description: str | None, *, threads: bool = True) -> argparse.
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,8 @@ import yaml
 
 from lib.errors import ModelmillError
 
+# YAML 1.1 takes a number with an exponent for text, unless it has a point and the exponent a sign.
+EXPONENT = re.compile(r"[+-]?[0-9.]+[eE][+-]?[0-9]+")
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 
 
@@ -41,8 +45,9 @@ def check_config(config: dict[str, Any]) -> None:
     """
     errors = jsonschema.Draft202012Validator(schema()).iter_errors(config)
     lines = [line for error in sorted(errors, key=lambda e: [str(p) for p in e.path]) for line in _explain(error)]
+    lines += [f"{where}: {value} is no finite number" for where, value in _leaves(config) if _is_endless(value)]
     if lines:
-        raise config_error(lines)
+        raise config_error(list(dict.fromkeys(lines)))
 
 
 def config_error(lines: list[str]) -> ConfigError:
@@ -73,10 +78,30 @@ def _fill(value: Any, rules: dict[str, Any]) -> None:
         if key not in value and "default" in resolved:
             value[key] = copy.deepcopy(resolved["default"])
         if key in value:
+            value[key] = _as_declared(value[key], resolved)
             _fill(value[key], resolved)
     if isinstance(rules.get("additionalProperties"), dict):
         for entry in value.values():
             _fill(entry, rules["additionalProperties"])
+
+
+def _as_declared(value: Any, rules: dict[str, Any]) -> Any:
+    """16.0 is a whole number to the schema, and 3 a number: one setting has one form."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return int(value) if "integer" in rules["type"] else float(value)
+
+
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from _leaves(entry, f"{where}.{key}" if where else str(key))
+    if not isinstance(value, dict | list):
+        yield where, value
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _resolve(rules: dict[str, Any]) -> dict[str, Any]:
@@ -92,21 +117,23 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         for key in sorted(map(str, error.instance.keys() - set(known))):
             yield f"{prefix}unknown key {key!r}{suggest(key, known)}"
     elif error.validator == "required":
-        missing = [key for key in error.validator_value if key not in error.instance]
-        yield f"{prefix}missing key {missing[0]!r}" if missing else f"{prefix}{error.message}"
+        yield from (f"{prefix}missing key {key!r}" for key in error.validator_value if key not in error.instance)
     elif error.validator == "dependentRequired":
         yield f"{prefix}{error.message}: they belong together"
     elif error.validator == "oneOf":
         alternatives = [" with ".join(option["required"]) for option in error.validator_value]
         yield f"{prefix}give exactly one of: {', '.join(alternatives)}"
     elif error.validator in ("minProperties", "maxProperties"):
-        yield f"{prefix}give exactly one of: {', '.join(error.schema.get('properties', {'an entry': 0}))}"
+        one_of = error.schema.get("properties")
+        yield f"{prefix}give exactly one of: {', '.join(one_of)}" if one_of else f"{prefix}give at least one entry"
     elif error.validator == "pattern":
         yield f"{prefix}{error.instance!r} is not of the form {error.validator_value}"
     elif error.validator == "type":
         wanted = error.validator_value
         wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        yield f"{prefix}expected {wanted}, found {_name_type(error.instance)} {error.instance!r}"
+        number = isinstance(error.instance, str) and EXPONENT.fullmatch(error.instance)
+        hint = "; YAML reads an exponent only with a point and a sign, as in 1.0e-4" if number else ""
+        yield f"{prefix}expected {wanted}, found {_name_type(error.instance)} {error.instance!r}{hint}"
     elif error.validator == "enum":
         allowed = [str(option) for option in error.validator_value]
         yield f"{prefix}{error.instance!r} is none of {', '.join(allowed)}{suggest(str(error.instance), allowed)}"
@@ -116,7 +143,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
 
 def suggest(found: str, known: list[str]) -> str:
     """The end of an error about a misspelt word: the nearest known ones, or all of them when few."""
-    near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(found.lower(), known, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known are {', '.join(known)}" if known and len(known) <= 16 else ""

@@ -36,8 +36,14 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]]:
     Raises:
         DataError: listing every line that is no JSON, or if there is no line at all.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {number}: no UTF-8; save the file in that encoding") from error
     values, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which also splits at U+2028, U+2029 and U+0085; JSON may hold these as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 values.append((number, json.loads(line)))
@@ -81,8 +87,11 @@ def _conversation_problem(value: Any) -> str | None:
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             return f"every message needs a role out of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
+        content = message.get("content")
+        if not isinstance(content, str) or any("\ud800" <= each <= "\udfff" for each in content):
             return "every message needs a text as its content"
+    if messages[0]["role"] == "assistant":
+        return "the assistant speaks first; begin with what it answers"
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         return "nothing that the assistant says: there would be nothing to learn"
     return None
@@ -102,16 +111,18 @@ def encode_conversation(tokenizer: Any, messages: Messages, *, max_length: int) 
     Raises:
         DataError: the template renders a turn differently once others follow it.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = _render(tokenizer, messages)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+            before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+            after = _render(tokenizer, messages[: turn + 1])
             if not text.startswith(after) or not after.startswith(before):
                 raise DataError(
                     f"the chat template changes turn {turn + 1} once others follow: {message['content'][:60]!r}"
                 )
+            if message["content"].strip() not in after[len(before) :]:
+                raise DataError(f"the chat template drops part of turn {turn + 1}: {message['content'][:60]!r}")
             spans.append((len(before), len(after.rstrip())))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
@@ -120,3 +131,14 @@ def encode_conversation(tokenizer: Any, messages: Messages, *, max_length: int) 
     ]
     cut = max(0, len(labels) - max_length)
     return Sample(encoded["input_ids"][:max_length], labels[:max_length], cut)
+
+
+def _render(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template refuses a conversation: {error}: {messages[-1]['content'][:60]!r}"
+        ) from error

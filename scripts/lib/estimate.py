@@ -1,8 +1,8 @@
 """
 What each step needs, from the model's shape and the config alone: milliseconds, no torch.
 
-Memory and disk in MB (10^6 bytes, as Snakemake counts), time in minutes. These are first estimates, on the
-safe side of the figures in docs/measurements.md.
+Memory and disk in MB (10^6 bytes, as Snakemake counts), time in minutes. These are first estimates, on the safe
+side of what was seen so far.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ def shape_of(model: Model) -> Shape:
 
 def weight_bytes(model: Model, quant: str) -> float:
     """Size of the model's weights in a type, in bytes."""
-    return shape_of(model).parameters * BITS_PER_WEIGHT[quant] / 8
+    shape, bits = shape_of(model), BITS_PER_WEIGHT[quant]
+    # Types with blocks of 256 weights: rows that do not fill them fall back, Q4_K to Q5_0, Q6_K to Q8_0, small
+    # ones to IQ4_NL.
+    if shape.hidden_size % 256 and ("k" in quant or quant.startswith(("iq", "tq"))) and quant != "iq4_nl":
+        bits = min(8.5, max(5.5, 1.35 * bits))
+    return shape.parameters * bits / 8
 
 
 def lora_parameters(shape: Shape, rank: int) -> int:

@@ -73,7 +73,10 @@ def read_lora(folder: Path) -> dict[str, LoraPair]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise LoraError(f"{folder} is no adapter in peft's format: {' and '.join(missing)} missing")
-    config = read_json(folder / CONFIG)
+    try:
+        config = read_json(folder / CONFIG)
+    except ValueError as error:
+        raise LoraError(str(error)) from error
     check_mergeable(config, where=folder / CONFIG)
     tensors = {tensor.name: tensor for tensor in read_header(folder / WEIGHTS)}
     factors = {FACTOR_A: {}, FACTOR_B: {}}
@@ -86,6 +89,9 @@ def read_lora(folder: Path) -> dict[str, LoraPair]:
             factors[kind][name.removeprefix(PREFIX).removesuffix(kind) + ".weight"] = tensor
     for target in sorted(factors[FACTOR_A].keys() ^ factors[FACTOR_B].keys()):
         surplus.append(f"  {target}: only one of its two factors is there")
+    for target, a in sorted(factors[FACTOR_A].items()):
+        if a.rows != config["r"]:
+            surplus.append(f"  {target}: rank {a.rows}, but {CONFIG} says r: {config['r']}")
     if surplus or not tensors:
         raise LoraError("\n".join([f"{folder / WEIGHTS} cannot be merged:", *(surplus or ["  it is empty"])]))
     return {
@@ -106,9 +112,11 @@ def check_mergeable(config: dict[str, Any], *, where: Path) -> None:
     Raises:
         LoraError: naming every field that stands in the way.
     """
+    if not isinstance(config, dict):
+        raise LoraError(f"{where} is damaged: expected an object")
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{where}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
-    problems = []
+    problems = [f"  {field}: missing" for field in ("lora_alpha", "r") if field not in config]
     for field, value in sorted(config.items()):
         if field in NEUTRAL and value not in NEUTRAL[field]:
             problems.append(f"  {field}: {value!r} cannot be merged yet")

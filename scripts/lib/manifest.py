@@ -73,9 +73,9 @@ def read_folder_manifest(folder: Path, *, artifact: str) -> dict[str, Any]:
 def _check_folder(folder: Path, path: Path, *, artifact: str) -> dict[str, Any]:
     if not path.is_file():
         raise ManifestError(f"{path} is missing: {folder} is no complete {artifact}")
-    manifest = _read(path)
-    if manifest.get("artifact") != artifact:
-        raise ManifestError(f"{path} describes a {manifest.get('artifact')}, expected a {artifact}")
+    manifest = _read(path, "artifact", "digest", "files", "origin")
+    if manifest["artifact"] != artifact:
+        raise ManifestError(f"{path} describes a {manifest['artifact']}, expected a {artifact}")
     problems = [
         f"  {name}: {problem}"
         for name, facts in manifest["files"].items()
@@ -125,17 +125,21 @@ def read_file_manifest(path: Path) -> dict[str, Any]:
     beside = path.with_name(path.name + ".json")
     if not beside.is_file():
         raise ManifestError(f"{beside} is missing: {path.name} was not finished by modelmill")
-    manifest = _read(beside)
+    manifest = _read(beside, "size", "sha256", "origin")
     if problem := _size_problem(path, manifest["size"]):
         raise ManifestError(f"{path}: {problem}")
     return manifest
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *keys: str) -> dict[str, Any]:
     try:
-        return read_json(path)
+        manifest = read_json(path)
     except ValueError as error:
         raise ManifestError(str(error)) from error
+    lacking = [key for key in keys if key not in manifest] if isinstance(manifest, dict) else list(keys)
+    if lacking:
+        raise ManifestError(f"{path} is no manifest of modelmill's: it lacks {', '.join(lacking)}")
+    return manifest
 
 
 def _size_problem(path: Path, expected: int) -> str | None:

@@ -46,6 +46,11 @@ def _parameter_lines(parameters: Mapping[str, Any], stops: list[str]) -> Iterato
 
 def _quoted(text: str, *, where: str) -> str:
     """Plain quotes know no escapes, so a text with a quote or a line break stands between triple ones."""
+    lost = sorted({f"U+{ord(each):04X}" for each in text if not each.isprintable() and each not in "\t\n\r"})
+    if lost:
+        raise ModelfileError(
+            f"{where}: Ollama drops {', '.join(lost)} from a Modelfile: write it without: {text[:60]!r}"
+        )
     if FENCE in text or text.endswith('"'):
         raise ModelfileError(f'{where}: a Modelfile cannot hold a text with """ in it or " at its end: {text[:60]!r}')
     return f"{FENCE}{text}{FENCE}" if '"' in text or "\n" in text else f'"{text}"'

@@ -70,7 +70,7 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, tuple | list):
             yield from (option_name(name), *map(str, value)) if value else ()
         elif value is not None:
-            yield from (option_name(name), str(value))
+            yield f"{option_name(name)}={value}"  # one word, so that the value may begin with a dash
 
 
 def option_name(setting: str) -> str:

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+from lib.console import note
 from lib.errors import ModelmillError
 
 
@@ -19,7 +21,7 @@ class OutputError(ModelmillError):
 @contextmanager
 def finished_folder(output: Path) -> Iterator[Path]:
     """Give a temporary folder beside `output`; it replaces an earlier one when the block ends without an error."""
-    with _only_writer(output):
+    with only_writer(output):
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,7 @@ def finished_folder(output: Path) -> Iterator[Path]:
 @contextmanager
 def finished_file(output: Path) -> Iterator[Path]:
     """Give a temporary path beside `output`, and rename it when the block ends without an error."""
-    with _only_writer(output):
+    with only_writer(output):
         partial = output.with_name(f".{output.name}.partial")
         partial.unlink(missing_ok=True)
         try:
@@ -50,18 +52,34 @@ def finished_file(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """A job whose Snakemake was killed goes on writing; a second one must not write beside it."""
+def only_writer(output: Path) -> Iterator[None]:
+    """
+    Hold the right to write `output`, by a lock file beside it, until the block ends.
+
+    A job whose Snakemake was killed goes on writing; a second one must not write beside it.
+
+    Raises:
+        OutputError: another run holds it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError  # the holder removed the file between our opening and our locking it
-        except BlockingIOError:
-            raise OutputError(f"{output} is being written by another run; wait for it or end it") from None
+        if not _locked(lock, path):
+            raise OutputError(f"{output} is being written by another run; wait for it or end it")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked(lock: IO[str], path: Path) -> bool:
+    """Whether the lock is ours; a file system without locks goes without."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its holder may have removed the file between our opening and our locking it.
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        note(f"{path} cannot be locked ({error.strerror})")
+        return True

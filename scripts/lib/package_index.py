@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lib.console import say
 from lib.errors import ModelmillError
-from lib.manifest import sha256_file
 
 # What pip prints when the index cannot be reached, as opposed to a package that is not there.
-NO_NETWORK = ("Failed to establish a new connection", "Max retries exceeded", "Connection refused", "timed out")
+NO_NETWORK = (
+    "after connection broken by",
+    "Failed to establish a new connection",
+    "Failed to resolve",
+    "Max retries exceeded",
+    "Connection refused",
+    "timed out",
+)
 
 
 class PackageIndexError(ModelmillError):
@@ -38,39 +46,30 @@ def fetch_package(*, requirement: str, sha256: str, folder: Path, source: bool) 
     name = requirement.partition("==")[0]
     choice = ["--no-binary", name] if source else ["--only-binary", ":all:"]
     say(f"fetching {requirement} with pip")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--progress-bar",
-        "off",
-        "--no-deps",
-        *choice,
-        "--dest",
-        str(folder),
-    ]
-    done = subprocess.run(
-        [*command, requirement],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
-    if done.returncode:
-        raise PackageIndexError(_explain(requirement, done.stdout + done.stderr))
-    (file,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz", ".zip"))
-    found = sha256_file(file)
-    if found != sha256:
-        file.unlink()
-        raise PackageIndexError(
+    with TemporaryDirectory(dir=folder) as scratch:
+        # With a hash, pip checks the file before it runs the build code of a source distribution.
+        pinned = Path(scratch, "requirements.txt")
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--no-deps", "--require-hashes"]
+        done = subprocess.run(
+            [*command, *choice, "--dest", f"{scratch}/files", "--requirement", str(pinned)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        )
+        if done.returncode:
+            raise PackageIndexError(_explain(requirement, sha256, done.stdout + done.stderr))
+        (file,) = Path(scratch, "files").iterdir()
+        return file.rename(folder / file.name)
+
+
+def _explain(requirement: str, sha256: str, output: str) -> str:
+    if found := re.search(r"\bGot\s+([0-9a-f]{64})", output):
+        return (
             f"{requirement}: the downloaded file is not the pinned one\n"
             f"  sha256 expected {sha256}\n"
-            f"  sha256 found    {found}"
+            f"  sha256 found    {found[1]}"
         )
-    return file
-
-
-def _explain(requirement: str, output: str) -> str:
     if any(sign in output for sign in NO_NETWORK):
         return f"{requirement}: the package index cannot be reached; check the network connection and pip's settings"
     if "(from versions: none)" in output:

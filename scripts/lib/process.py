@@ -60,6 +60,8 @@ def run_program(
         raise
     finally:
         process.wait()
+        if process.stdout:
+            process.stdout.close()
     if process.returncode:
         name = Path(words[0]).name
         raise ProgramError("\n".join([f"{name} ended with status {process.returncode}:", *(f"  {x}" for x in last)]))

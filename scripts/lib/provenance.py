@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # llama.cpp's converter guesses these from the folder's name and README; null takes the guess out.
-GUESSED = ("author", "version", "organization", "finetune", "basename", "quantized_by", "license_name", "license_link")
+GUESSED = ("author", "version", "organization", "finetune", "basename", "quantized_by", "license.name", "license.link")
 
 
 def gguf_metadata(source: dict[str, Any], *, artifact: str, name: str, llama_cpp_commit: str) -> dict[str, Any]:

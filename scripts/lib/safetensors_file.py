@@ -68,6 +68,11 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         listed = weight_map(folder)
         problems = [f"  {name}: in {INDEX} but in no shard" for name in sorted(listed.keys() - tensors.keys())]
         problems += [f"  {name}: in a shard but not in {INDEX}" for name in sorted(tensors.keys() - listed.keys())]
+        problems += [
+            f"  {name}: in {tensor.file.name}, but {INDEX} says {listed[name]}"
+            for name, tensor in sorted(tensors.items())
+            if name in listed and listed[name] != tensor.file.name
+        ]
         if problems:
             raise CheckpointError("\n".join([f"{folder}: index and shards disagree:", *problems]))
     return tensors
@@ -84,18 +89,31 @@ def read_header(path: Path) -> list[StoredTensor]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from error
-    header.pop("__metadata__", None)
+    try:
+        header.pop("__metadata__", None)
+        tensors = _stored_tensors(header, path, data_start=8 + length)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error!r}") from error
+    end = 8 + length + sum(tensor.values * BYTES_PER_VALUE[tensor.dtype] for tensor in tensors)
+    if end != size:
+        raise CheckpointError(f"{path} is cut off or damaged: {size} bytes, its header implies {end}")
+    return tensors
+
+
+def _stored_tensors(header: dict[str, Any], path: Path, *, data_start: int) -> list[StoredTensor]:
+    """The tensors of a header; their bytes have to follow one another without a gap, as the format demands."""
     tensors, end = [], 0
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if facts["dtype"] not in BYTES_PER_VALUE:
             raise CheckpointError(
                 f"{path}: {name} is {facts['dtype']}; only {', '.join(BYTES_PER_VALUE)} can be merged"
             )
-        tensor = StoredTensor(name, facts["dtype"], tuple(facts["shape"]), path, 8 + length + facts["data_offsets"][0])
+        start, stop = facts["data_offsets"]
+        tensor = StoredTensor(name, facts["dtype"], tuple(facts["shape"]), path, data_start + start)
+        if start != end or stop - start != tensor.values * BYTES_PER_VALUE[tensor.dtype]:
+            raise CheckpointError(f"{path} is damaged: {name} {tensor.shape} cannot be bytes {start} to {stop}")
         tensors.append(tensor)
-        end = tensor.offset + tensor.values * BYTES_PER_VALUE[tensor.dtype]
-    if tensors and end != size:
-        raise CheckpointError(f"{path} is cut off or damaged: {size} bytes, its header implies {end}")
+        end = stop
     return tensors
 
 

@@ -191,15 +191,23 @@ def _resolve_base(where: str, base: dict[str, Any], problems: list[str]) -> None
     if base["gguf"] is not None:
         _need_file(f"{where}.gguf", base["gguf"], problems)
     if base["path"] is not None:
-        _need_file(f"{where}.path", str(Path(base["path"]) / "config.json"), problems)
-        if base["shape"] is None and Path(base["path"], "config.json").is_file():
-            base["shape"] = _read_shape(Path(base["path"], "config.json"))
+        published = Path(base["path"], "config.json")
+        _need_file(f"{where}.path", str(published), problems)
+        if base["shape"] is None and published.is_file():
+            base["shape"] = _read_shape(published)
+            if base["shape"] is None:
+                problems.append(f"{where}.shape: {published} does not give the model's sizes; give them here")
     if base["shape"] is None and base["path"] is None:
         problems.append(f"{where}: missing key 'shape': the plan needs the model's sizes before it is there")
 
 
 def _read_shape(path: Path) -> dict[str, Any] | None:
-    published = read_json(path)
+    try:
+        published = read_json(path)
+    except ValueError:
+        return None
+    if not isinstance(published, dict):
+        return None
     keys = definition("shape")["properties"]
     shape = {key: published.get(key, rule.get("default")) for key, rule in keys.items()}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
@@ -211,6 +219,9 @@ def _resolve_adapter(where: str, model: dict[str, Any], hardware: dict[str, Any]
     if model["adapter"] is None:
         return
     train = model["adapter"]["train"]
+    if train is None:
+        problems.append(f"{where}.train: is empty; give at least 'data', or take the section out")
+        return
     _need_file(f"{where}.train.data", train["data"], problems)
     fill_by_method("train", train)
     if train["device"] == "auto":

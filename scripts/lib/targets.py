@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os.path
 import re
+from collections.abc import Iterator
 
 from lib.config import suggest
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
-from lib.spec import Project
+from lib.spec import Model, Project
 
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
 HEATMAP_ENDINGS = (".onnx", ".eval.json")
@@ -40,9 +42,16 @@ def wrong_targets(project: Project) -> str:
         rf"models/({every})(\.({types}))?\.Modelfile",
         rf"reports/({asked})\.smoke\.json",
     ]
-    own = [re.escape(model.base.gguf) for model in project.models.values() if model.base.gguf]
-    own += [re.escape(model.base.path) + "/.*" for model in project.models.values() if model.base.path]
+    own = [pattern for model in project.models.values() for pattern in _users_files(model)]
     return f"(?!({'|'.join(made + own)})$)({'|'.join(FOLDERS)})/.+"
+
+
+def _users_files(model: Model) -> Iterator[str]:
+    """Patterns of what the user put there; in the form that Snakemake gives to paths."""
+    files = [model.base.gguf, model.adapter and model.adapter.train.data, model.smoke and model.smoke.questions]
+    yield from (re.escape(os.path.normpath(file)) for file in files if file)
+    if model.base.path:
+        yield re.escape(os.path.normpath(model.base.path)) + "/.*"
 
 
 def explain_target(target: str, project: Project) -> str:
@@ -63,10 +72,18 @@ def explain_target(target: str, project: Project) -> str:
     if folder == "adapters" and project.models[model].adapter is None:
         return f"{target}: {model} has no adapter in config.yaml"
     if rest.endswith(".smoke.json"):
+        if project.models[model].adapter is None:
+            return f"{target}: {model} has no adapter in config.yaml, so there is nothing to compare with its base"
         return f"{target}: {model} has no smoke.questions in config.yaml"
-    quant = rest.removeprefix(model).removeprefix(".base").strip(".").removesuffix(".gguf").removesuffix(".Modelfile")
-    if folder == "models" and rest.endswith((".gguf", ".gguf.json", ".Modelfile")):
-        return f"{target}: {_explain_type(quant.removesuffix('.gguf.json'))}"
+    named = re.fullmatch(
+        r"(?P<base>\.base)?(\.(?P<quant>.+))?\.(gguf(\.json)?|(?P<modelfile>Modelfile))", rest[len(model) :]
+    )
+    if folder == "models" and named:
+        if named["base"] and named["modelfile"]:
+            return f"{target}: there are Modelfiles of tuned models only"
+        if named["quant"] is None:
+            return f"{target}: say which type, as in models/{model}.{project.models[model].default_quant}.gguf"
+        return f"{target}: {_explain_type(named['quant'])}"
     return f"{target}: nothing is built under that name; README.md lists the targets"
 
 
