@@ -22,8 +22,7 @@ FILES = {
 
 def forget() -> None:
     """The module remembers what it has parsed; a test changes files under it."""
-    for remembered in (code._tree, code._imports, code._normalised):
-        remembered.cache_clear()
+    code._read.cache_clear()
 
 
 @pytest.fixture

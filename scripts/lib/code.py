@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +29,16 @@ def code_digest(script: str) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(_closure(script)):
-        digest.update(f"{path}\0{_normalised(path)}\0".encode())
+        digest.update(f"{path}\0{_read(path).text}\0".encode())
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a file says to Python, and which of our files it imports."""
+
+    text: str
+    imports: tuple[str, ...]
 
 
 def _closure(script: str) -> set[str]:
@@ -39,32 +48,22 @@ def _closure(script: str) -> set[str]:
         path = waiting.pop()
         if path not in found and path not in NEUTRAL:
             found.add(path)
-            waiting.extend(_imports(path))
+            waiting.extend(_read(path).imports)
     return found
 
 
 @cache
-def _tree(path: str) -> ast.Module:
-    return ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
-
-
-@cache
-def _imports(path: str) -> list[str]:
+def _read(path: str) -> _Source:
+    """Parse a file once; unparsed text changes less between Python versions than a dump of the tree does."""
+    tree = ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
     names: list[str] = []
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    candidates = (name.replace(".", "/") + ".py" for name in names)
-    return [candidate for candidate in candidates if (SCRIPTS / candidate).is_file()]
-
-
-@cache
-def _normalised(path: str) -> str:
-    """The source without docstrings; unparsed text changes less between Python versions than a dump does."""
-    tree = _tree(path)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    candidates = (name.replace(".", "/") + ".py" for name in names)
+    ours = tuple(candidate for candidate in candidates if (SCRIPTS / candidate).is_file())
+    return _Source(text=ast.unparse(tree), imports=ours)
