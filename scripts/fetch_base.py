@@ -137,7 +137,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     parser.add_argument("--shape", metavar="JSON", help=definition("shape")["description"])
-    add_settings(parser, "base", without=("keep", "shape"))
+    add_settings(parser, "base", without=("shape",))
     run_script(parser, _work)
 
 

@@ -109,7 +109,7 @@ def test_help_shows_every_setting_with_its_description() -> None:
 
 def test_settings_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     """Groups as well: a script that takes the shape as JSON must not ask for its sizes one by one."""
-    assert parse(["--path", "x"], "base", without=("keep", "shape"))["path"] == "x"
+    assert parse(["--path", "x"], "base", without=("gguf", "shape"))["path"] == "x"
     with pytest.raises(SystemExit):
-        parse(["--path", "x", "--no-keep"], "base", without=("keep", "shape"))
-    assert "--no-keep" in capsys.readouterr().err
+        parse(["--path", "x", "--gguf", "y"], "base", without=("gguf", "shape"))
+    assert "--gguf" in capsys.readouterr().err

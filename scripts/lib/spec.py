@@ -78,7 +78,6 @@ class Base:
     sha256: str | None
     import_dtype: str
     shape: Shape | None
-    keep: bool
 
     @property
     def name(self) -> str:
