@@ -154,22 +154,6 @@ def test_source_type(dtype: str, source: str) -> None:
     assert resolve(merge={"dtype": dtype}).models["m"].source_type == source
 
 
-@pytest.mark.parametrize(
-    ("base", "name"),
-    [
-        ({"hub": "maker/model", "revision": "main", "shape": SHAPE}, "maker/model"),
-        ({"path": "own"}, "own"),
-        ({"path": "own/"}, "own"),
-        ({"gguf": "talks.jsonl", "shape": SHAPE}, "talks.jsonl"),
-        ({"pypi": "wheel==1", "member": "a.gguf", "sha256": "0" * 64, "shape": SHAPE}, "wheel==1"),
-    ],
-)
-def test_a_base_is_named_without_its_folder(base: dict[str, Any], name: str, workplace: Path) -> None:
-    if "path" in base:
-        base = {"path": f"{workplace}/{base['path']}"}
-    assert resolve(base=base).models["m"].base.name == name
-
-
 def test_missing_files_are_listed_together() -> None:
     lines = problems(
         base={"path": "absent"}, train={"data": "nowhere.jsonl"}, smoke={"questions": "nothing.jsonl"}, quantize={}

@@ -14,7 +14,7 @@ from pathlib import Path
 from lib.console import configure_logging, note, say
 from lib.errors import ModelmillError
 
-DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
 
 class UsageError(ModelmillError):

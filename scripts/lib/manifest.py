@@ -60,30 +60,32 @@ def write_folder_manifest(
     return manifest
 
 
-def read_folder_manifest(folder: Path, *, artifact: str) -> dict[str, Any]:
+def read_folder_manifest(folder: Path, *, artifact: str, manifest: Path | None = None) -> dict[str, Any]:
     """
     Read a folder's manifest and check that every file it names is there with its size.
+
+    Args:
+        folder: the artifact.
+        artifact: what the manifest has to describe.
+        manifest: the manifest, where that is not in the folder.
 
     Raises:
         ManifestError: no manifest, another kind of artifact, or files missing or of another size.
     """
-    return _check_folder(folder, folder / NAME, artifact=artifact)
-
-
-def _check_folder(folder: Path, path: Path, *, artifact: str) -> dict[str, Any]:
+    path = manifest or folder / NAME
     if not path.is_file():
         raise ManifestError(f"{path} is missing: {folder} is no complete {artifact}")
-    manifest = _read(path, "artifact", "digest", "files", "origin")
-    if manifest["artifact"] != artifact:
-        raise ManifestError(f"{path} describes a {manifest['artifact']}, expected a {artifact}")
+    described = _read(path, "artifact", "digest", "files", "origin")
+    if described["artifact"] != artifact:
+        raise ManifestError(f"{path} describes a {described['artifact']}, expected a {artifact}")
     problems = [
         f"  {name}: {problem}"
-        for name, facts in manifest["files"].items()
+        for name, facts in described["files"].items()
         if (problem := _size_problem(folder / name, facts["size"]))
     ]
     if problems:
         raise ManifestError("\n".join([f"{folder} does not match its {NAME}:", *problems]))
-    return manifest
+    return described
 
 
 def identify_folder(
@@ -101,10 +103,9 @@ def identify_folder(
     Raises:
         ManifestError: the manifest does not describe the folder.
     """
-    path = manifest or folder / NAME
-    if manifest is None and not path.is_file():
+    if manifest is None and not (folder / NAME).is_file():
         return {"digest": digest_json(describe_files(folder, names(folder), threads=threads)), "origin": None}
-    described = _check_folder(folder, path, artifact=artifact)
+    described = read_folder_manifest(folder, artifact=artifact, manifest=manifest)
     return {"digest": described["digest"], "origin": described["origin"]}
 
 

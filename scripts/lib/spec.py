@@ -79,11 +79,6 @@ class Base:
     import_dtype: str
     shape: Shape | None
 
-    @property
-    def name(self) -> str:
-        """The base as people know it; a local one by its last folder or file, so that no path is written down."""
-        return self.hub or self.pypi or Path(self.path or self.gguf or "").name
-
 
 @dataclass(frozen=True)
 class Adapter:
