@@ -38,14 +38,15 @@ format: $(VENV)/.dev
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "modelmill needs Python 3.11 or later; set PYTHON=…")'
-	$(PYTHON) -m venv $(VENV)
+	@# A venv that failed half-way has a python already, and would be taken for whole the next time.
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.runtime: requirements.txt requirements-lock.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c requirements-lock.txt
 	@touch $@
 
 lock: $(VENV)/.dev

@@ -6,7 +6,6 @@ rule check_data:
     """Check the conversations before anything long starts, and write down which they are."""
     input:
         data=lambda w: spec(w.model).adapter.train.data,
-        script=script("check_data.py"),
     output:
         identity="work/{model}/data.json",
     log:
@@ -27,9 +26,10 @@ rule check_data:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("check_data.py"),
         code=code_digest("check_data.py"),
     shell:
-        "{params.python} {input.script:q}" " --data {input.data:q}" " --output {output.identity:q}" " --log {log:q}"
+        "{params.python} {params.script:q}" " --data {input.data:q}" " --output {output.identity:q}" " --log {log:q}"
 
 
 rule train_adapter:
@@ -38,11 +38,11 @@ rule train_adapter:
         base="bases/{model}/MANIFEST.json",
         data_identity="work/{model}/data.json",
         data=lambda w: ancient(spec(w.model).adapter.train.data),
-        script=script("train_adapter.py"),
     output:
-        manifest="adapters/{model}/MANIFEST.json",
-        weights="adapters/{model}/adapter_model.safetensors",
-        config="adapters/{model}/adapter_config.json",
+        # `update`: Snakemake puts the earlier adapter back when the new training fails.
+        manifest=update("adapters/{model}/MANIFEST.json"),
+        weights=update("adapters/{model}/adapter_model.safetensors"),
+        config=update("adapters/{model}/adapter_config.json"),
     log:
         "logs/{model}/train_adapter.log",
     benchmark:
@@ -60,11 +60,12 @@ rule train_adapter:
         gpu_mem_mb=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).gpu_mem_mb,
     params:
         python=interpreter,
+        script=script("train_adapter.py"),
         code=code_digest("train_adapter.py"),
-        base=lambda w: base_folder(w.model),
+        base=base_folder,
         settings=lambda w: as_options(spec(w.model).adapter.train),
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " {params.settings}"

@@ -5,9 +5,9 @@ rule fetch_base:
     """Bring the base checkpoint here and list its files."""
     input:
         local=local_base_files,
-        script=script("fetch_base.py"),
     output:
-        manifest="bases/{model}/MANIFEST.json",
+        # `update`: what was fetched before stays when the new source cannot be read.
+        manifest=update("bases/{model}/MANIFEST.json"),
     log:
         "logs/{model}/fetch_base.log",
     benchmark:
@@ -23,7 +23,8 @@ rule fetch_base:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("fetch_base.py"),
         code=code_digest("fetch_base.py"),
         source=lambda w: base_source(w.model),
     shell:
-        "{params.python} {input.script:q}" " {params.source}" " --output bases/{wildcards.model}" " --log {log:q}"
+        "{params.python} {params.script:q}" " {params.source}" " --output bases/{wildcards.model}" " --log {log:q}"

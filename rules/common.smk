@@ -61,13 +61,19 @@ def big(path):
 
 
 def script(name):
-    """A script as an input that must be there, but whose time says nothing: `code` follows its meaning."""
-    return ancient(os.path.normpath(f"{ROOT}/scripts/{name}"))
+    """The path of a script; like `interpreter` no recorded parameter, since `code` follows what it means."""
+    path = os.path.normpath(f"{ROOT}/scripts/{name}")
+    return lambda wildcards, input: path
 
 
-def base_folder(model):
-    """Where the base checkpoint's files are: its own folder, or the one that config.yaml names."""
-    return spec(model).base.path or f"bases/{model}"
+def base_folder(wildcards, input):
+    """Where the base's files are; no recorded parameter either: its manifest tells when it is another base."""
+    return spec(wildcards.model).base.path or f"bases/{wildcards.model}"
+
+
+def checkpoint_folder(wildcards, input):
+    """The checkpoint that a 16-bit GGUF is made from."""
+    return base_folder(wildcards, input) if wildcards.base else f"models/{wildcards.model}/merged"
 
 
 def llama_cpp_options():
@@ -120,7 +126,7 @@ def checkpoint_manifest(wildcards):
     )
 
 
-def checkpoint_files(wildcards):
+def merged_folder(wildcards):
     """The merged folder, so that it is kept until it is converted; its manifest tells when it changed."""
     return [] if wildcards.base else ancient(f"models/{wildcards.model}/merged")
 
@@ -142,10 +148,10 @@ def explain_wrong_target(wildcards):
 def refuse_lost_targets():
     """Refuse targets that would be removed again because another target consumes them."""
     jobs = list(workflow.dag.needrun_jobs())
+    consumed = {str(file) for job in jobs for file in job.input}
+    removed = {str(file) for job in jobs for file in job.output if is_flagged(file, "temp")} & consumed
     asked = set(map(str, workflow.dag.targetfiles))
-    removed = {str(file) for job in jobs for file in job.output if is_flagged(file, "temp")}
-    consumed = {str(file) for job in jobs for file in job.input if not job.is_norun}
-    if lost := sorted(asked & removed & consumed):
+    if lost := sorted(file for file in asked if removed & {file, *map(str, Path(file).parents)}):
         raise WorkflowError(
             f"{', '.join(lost)} would be removed after use, though asked for: set keep_intermediates: true in "
             "config.yaml, or ask for it and for what is made from it in two calls (nothing was run)"

@@ -5,9 +5,8 @@ rule convert_gguf:
     """Convert a checkpoint to a 16-bit GGUF with llama.cpp's converter."""
     input:
         checkpoint=checkpoint_manifest,
-        files=checkpoint_files,
+        files=merged_folder,
         llama_cpp="work/llama_cpp.json",
-        script=script("convert_gguf.py"),
     output:
         gguf=big("models/{model}{base}.{source}.gguf"),
         manifest="models/{model}{base}.{source}.gguf.json",
@@ -26,12 +25,13 @@ rule convert_gguf:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("convert_gguf.py"),
         code=code_digest("convert_gguf.py"),
-        checkpoint=lambda w: (base_folder(w.model) if w.base else f"models/{w.model}/merged"),
+        checkpoint=checkpoint_folder,
         artifact=lambda w: "base" if w.base else "merged",
         llama_cpp=llama_cpp_options(),
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --checkpoint {params.checkpoint:q}"
         " --manifest {input.checkpoint:q}"
         " --artifact {params.artifact}"
@@ -48,7 +48,6 @@ rule quantize_gguf:
         source=lambda w: quantize_source(w) + ".json",
         gguf=lambda w: ancient(quantize_source(w)),
         llama_cpp="work/llama_cpp.json",
-        script=script("quantize_gguf.py"),
     output:
         gguf="models/{model}{base}.{quant}.gguf",
         manifest="models/{model}{base}.{quant}.gguf.json",
@@ -67,10 +66,11 @@ rule quantize_gguf:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("quantize_gguf.py"),
         code=code_digest("quantize_gguf.py"),
         llama_cpp=llama_cpp_options(),
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --source {input.gguf:q}"
         " --quant {wildcards.quant}"
         " --output {output.gguf:q}"

@@ -3,14 +3,13 @@
 
 rule build_llama_cpp:
     """Fetch and build llama.cpp, unless the cache has it."""
-    input:
-        script=script("build_llama_cpp.py"),
     output:
         identity="work/llama_cpp.json",
     log:
         "logs/build_llama_cpp.log",
     benchmark:
         "logs/build_llama_cpp.jsonl"
+    priority: 90  # a missing compiler shows before anything long
     conda:
         "../envs/llama_cpp.yaml"
     threads: 8
@@ -22,7 +21,8 @@ rule build_llama_cpp:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("build_llama_cpp.py"),
         code=code_digest("build_llama_cpp.py"),
         llama_cpp=llama_cpp_options(),
     shell:
-        "{params.python} {input.script:q}" " --output {output.identity:q}" " {params.llama_cpp}" " --log {log:q}"
+        "{params.python} {params.script:q}" " --output {output.identity:q}" " {params.llama_cpp}" " --log {log:q}"

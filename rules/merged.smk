@@ -6,7 +6,6 @@ rule merge_adapter:
     input:
         base="bases/{model}/MANIFEST.json",
         adapter=adapter_manifest,
-        script=script("merge_adapter.py"),
     output:
         manifest="models/{model}/merged/MANIFEST.json",
         files=big(directory("models/{model}/merged")),
@@ -25,13 +24,14 @@ rule merge_adapter:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("merge_adapter.py"),
         code=code_digest("merge_adapter.py"),
-        base=lambda w: base_folder(w.model),
+        base=base_folder,
         adapter=lambda w: (f"--adapter adapters/{w.model}" if spec(w.model).adapter else ""),
         dtype=lambda w: spec(w.model).merge.dtype,
         max_shard_size=lambda w: spec(w.model).merge.max_shard_size,
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " {params.adapter}"

@@ -6,7 +6,6 @@ rule render_modelfile:
     input:
         manifest=lambda w: modelfile_gguf(w) + ".json",
         gguf=lambda w: ancient(modelfile_gguf(w)),
-        script=script("render_modelfile.py"),
     output:
         modelfile="models/{model}{suffix}.Modelfile",
     log:
@@ -24,11 +23,12 @@ rule render_modelfile:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("render_modelfile.py"),
         code=code_digest("render_modelfile.py"),
         system=lambda w: (shlex.join([f"--system={text}"]) if (text := spec(w.model).ollama.system) is not None else ""),
         parameters=lambda w: json.dumps(dict(spec(w.model).ollama.parameters), ensure_ascii=False, sort_keys=True),
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --gguf {input.gguf:q}"
         " {params.system}"
         " --parameters {params.parameters:q}"

@@ -2,6 +2,39 @@
 ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
 
 
+rule check_questions:
+    """Check the held-out questions before anything long starts, and write down which they are."""
+    input:
+        questions=lambda w: spec(w.model).smoke.questions,
+    output:
+        identity="work/{model}/questions.json",
+    log:
+        "logs/{model}/check_questions.log",
+    benchmark:
+        "logs/{model}/check_questions.jsonl"
+    wildcard_constraints:
+        model="|".join(ASKED) or "(?!)",
+    priority: 100
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("check_questions.py"),
+        code=code_digest("check_questions.py"),
+    shell:
+        "{params.python} {params.script:q}"
+        " --questions {input.questions:q}"
+        " --output {output.identity:q}"
+        " --log {log:q}"
+
+
 rule smoke_test:
     """Ask the tuned model and its base held-out questions."""
     input:
@@ -9,9 +42,9 @@ rule smoke_test:
         tuned_gguf=lambda w: ancient(default_gguf(w.model)),
         base=lambda w: default_gguf(w.model, ".base") + ".json",
         base_gguf=lambda w: ancient(default_gguf(w.model, ".base")),
-        questions=lambda w: spec(w.model).smoke.questions,
+        questions_identity="work/{model}/questions.json",
+        questions=lambda w: ancient(spec(w.model).smoke.questions),
         llama_cpp="work/llama_cpp.json",
-        script=script("smoke_test.py"),
     output:
         report="reports/{model}.smoke.json",
     log:
@@ -31,11 +64,12 @@ rule smoke_test:
         gpu_mem_mb=0,
     params:
         python=interpreter,
+        script=script("smoke_test.py"),
         code=code_digest("smoke_test.py"),
         settings=lambda w: as_options(spec(w.model).smoke),
         llama_cpp=llama_cpp_options(),
     shell:
-        "{params.python} {input.script:q}"
+        "{params.python} {params.script:q}"
         " --tuned {input.tuned_gguf:q}"
         " --base {input.base_gguf:q}"
         " {params.settings}"

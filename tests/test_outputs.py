@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.manifest import write_folder_manifest
 from lib.outputs import OutputError, finished_file, finished_folder
 
 Finished = Callable[[Path], AbstractContextManager[Path]]
@@ -23,7 +24,11 @@ class Stopped(Exception):
 
 
 def write(partial: Path, text: str) -> None:
-    (partial / "part" if partial.is_dir() else partial).write_text(text)
+    """A file, or a folder with one file and the manifest that makes it an artifact."""
+    if partial.is_dir():
+        write_folder_manifest(partial, artifact="base", files={"part": {"size": len(text)}}, origin={"kind": "hub"})
+        partial = partial / "part"
+    partial.write_text(text)
 
 
 def read(output: Path) -> str:
@@ -71,11 +76,58 @@ def test_an_earlier_output_stays_until_it_is_replaced(finished: Finished, tmp_pa
 
 def test_a_replaced_folder_keeps_no_earlier_file(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
+    with finished_folder(output) as partial:
+        write_folder_manifest(partial, artifact="base", files={"old": {"size": 0}}, origin={"kind": "hub"})
+        (partial / "old").touch()
     with finished_folder(output) as partial:
         write(partial, "new")
-    assert everything(output) == ["part"]
+    assert everything(output) == ["MANIFEST.json", "part"]
+
+
+def users_folder(output: Path) -> None:
+    output.mkdir()
+    (output / ".git").mkdir()
+
+
+def artifact_with_a_users_file(output: Path) -> None:
+    output.mkdir()
+    write(output, "ours")
+    (output / "notes.txt").touch()
+
+
+def checkpoint_used_in_place(output: Path) -> None:
+    output.mkdir()
+    (output / "model.safetensors").touch()
+    write_folder_manifest(output, artifact="base", files={"model.safetensors": {"size": 0}}, origin={"kind": "path"})
+
+
+def users_file(output: Path) -> None:
+    output.touch()
+
+
+def link(output: Path) -> None:
+    (output.parent / "elsewhere").mkdir()
+    output.symlink_to(output.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "prepare", [users_folder, artifact_with_a_users_file, checkpoint_used_in_place, users_file, link]
+)
+def test_what_is_not_ours_is_never_replaced(prepare: Callable[[Path], None], tmp_path: Path) -> None:
+    prepare(tmp_path / "out")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(OutputError, match="name another"), finished_folder(tmp_path / "out"):
+        pytest.fail("the work must not begin")
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("read", ["out", "out/data.jsonl", "out/deep/er"])
+def test_an_output_never_replaces_its_input(read: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="would replace its own input"),
+        finished_folder(tmp_path / "out", inputs=[tmp_path / "other", tmp_path / read]),
+    ):
+        pytest.fail("the work must not begin")
 
 
 @BOTH
@@ -96,7 +148,7 @@ def test_what_a_killed_run_left_is_not_taken_over(finished: Finished, tmp_path: 
     assert read(output) == "done"
     assert everything(tmp_path) == ["out"]
     if output.is_dir():
-        assert everything(output) == ["part"]
+        assert everything(output) == ["MANIFEST.json", "part"]
 
 
 @BOTH

@@ -30,7 +30,7 @@ def jobs_of(plan: str) -> dict[tuple[str, str], dict[str, str]]:
     jobs = {}
     for block in re.split(r"\n\[.*?\]\n", plan)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)[1]
-        output = re.search(r"\n    output: ([^,\n]*)", block)
+        output = re.search(r"\n    output: ([^,\n ]*)", block)
         resources = re.search(r"\n    resources: (.*)", block)[1]
         jobs[rule, output[1] if output else ""] = dict(each.split("=", 1) for each in resources.split(", "))
     return jobs

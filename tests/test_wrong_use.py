@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_snakemake
+from conftest import copy_built, run_snakemake
 from test_rebuild import set_in_config
 
 Edit = Callable[[Path, Path], None]
@@ -78,6 +78,16 @@ TABLE: dict[str, tuple[Edit, list[str], list[str]]] = {
         ["bases/tiny/MANIFEST.json"],
         ["num_hidden_layers: 3 in config.yaml, 2 in the checkpoint"],
     ),
+    "question without an answer": (
+        write("ask.jsonl", '{"question": "What?"}\n'),
+        ["reports/tiny.smoke.json"],
+        ["ask.jsonl", "line 1: expected"],
+    ),
+    "folder removed after use": (
+        set_in_config("keep_intermediates", value=False),
+        ["models/tiny/merged/MANIFEST.json", GGUF],
+        ["models/tiny/merged/MANIFEST.json would be removed after use", "nothing was run"],
+    ),
     "removed after use": (
         set_in_config("keep_intermediates", value=False),
         ["models/tiny.f16.gguf", GGUF],
@@ -110,8 +120,9 @@ def test_no_compiler(project: Path, tmp_path: Path) -> None:
     for name in ("bash", "sh", "env"):
         (programs / name).symlink_to(shutil.which(name))
     environment = {"PATH": str(programs), "MODELMILL_CACHE": str(tmp_path / "cache"), "CXX": ""}
-    done = run_snakemake(project, "-j1", "work/llama_cpp.json", environment=environment)
+    done = run_snakemake(project, "-j1", "all", environment=environment)
     assert_explained(done.returncode, done.stderr, ["no C++ compiler", "llama_cpp.path"])
+    assert not (project / "adapters").exists(), "found out before anything long"
 
 
 OFFLINE = {
@@ -140,12 +151,32 @@ def test_no_network_while_fetching(base: dict[str, object], parts: list[str], pr
     assert not (project / "bases/tiny/MANIFEST.json").exists()
 
 
+MISTAKES = {
+    "data": (write("train.jsonl", "no json\n"), ["line 1: no JSON"]),
+    "device": (set_in_config(*TRAIN, "device", value="cuda"), ["no usable GPU", "set train.device: cpu"]),
+    "layers": (set_in_config(*TRAIN, "lora", "target_modules", value=["q_prj"]), ["q_prj"]),
+    "base": (set_in_config("models", "tiny", "base", "path", value="bare"), ["bare holds no weights"]),
+}
+
+
 @pytest.mark.slow
-def test_a_mistake_loses_nothing_that_was_built(built: Path, tmp_path: Path) -> None:
-    project = tmp_path / "copy/project"
-    shutil.copytree(built.parent, tmp_path / "copy")
-    (project / "train.jsonl").write_text("no json\n")
-    done = run_snakemake(project, "-j1", GGUF, MODELFILE, checkout=tmp_path / "copy/checkout")
-    assert_explained(done.returncode, done.stderr, ["line 1: no JSON"])
-    for name in (GGUF, MODELFILE, "adapters/tiny/adapter_model.safetensors", "models/tiny/merged/MANIFEST.json"):
-        assert (project / name).read_bytes() == (built / name).read_bytes()
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_loses_nothing_that_was_built(mistake: str, built: Path, tmp_path: Path) -> None:
+    project, checkout = copy_built(built, tmp_path / "copy")
+    (project / "bare").mkdir()
+    (project / "bare/config.json").write_text("{}")
+    edit, parts = MISTAKES[mistake]
+    edit(project, checkout)
+    done = run_snakemake(project, "-j1", GGUF, MODELFILE, checkout=checkout, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert_explained(done.returncode, done.stderr, parts)
+    for name in (GGUF, MODELFILE, *KEPT):
+        assert (project / name).read_bytes() == (built / name).read_bytes(), name
+
+
+KEPT = (
+    "bases/tiny/MANIFEST.json",
+    "adapters/tiny/MANIFEST.json",
+    "adapters/tiny/adapter_model.safetensors",
+    "adapters/tiny/adapter_config.json",
+    "models/tiny/merged/MANIFEST.json",
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -67,19 +68,40 @@ def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespa
     except MemoryError:
         _leave(f"{parser.prog}: out of memory", FAILED)
     except OSError as error:
-        _leave(f"{parser.prog}: {describe_os_error(error)}", FAILED)
+        _leave(f"{parser.prog}: {describe_os_error(error, output=getattr(arguments, 'output', None))}", FAILED)
     except Exception as error:  # a fault of ours: one line for the user, the rest for whoever mends it
         note(traceback.format_exc())
         where = arguments.log or "a log: run it again with --log FILE"
         _leave(f"{parser.prog}: internal error: {type(error).__name__}: {error} (details in {where})", FAILED)
 
 
-def describe_os_error(error: OSError) -> str:
-    """An operating system's error as a line that names the file and, for a full disk, the way out."""
-    place = error.filename or "a file"
+def describe_os_error(error: OSError, *, output: Path | None = None) -> str:
+    """
+    An operating system's error as a line that names the file and, for a full disk, the way out.
+
+    Args:
+        output: what the script is to write; its disk is looked at where the error names no file.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full (writing {place}): free some space and run the same command again"
-    return f"{place}: {error.strerror or error}"
+        # Where an error names two files, as when one is copied, the second is the one being written.
+        return describe_full_disk(writing=error.filename2 or error.filename, output=output)
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([*([" → ".join(files)] if files else []), error.strerror or str(error)])
+
+
+def describe_full_disk(*, writing: str | Path | None, output: Path | None = None) -> str:
+    """What to say of a full disk: the file that was being written if that is known, else what is free for `output`."""
+    if writing:
+        where = f" (writing {writing})"
+    else:
+        where = f" ({free_space(output) / 1e6:.1f} MB are free now for {output})" if output else ""
+    return f"the disk is full{where}: free some space and run the same command again"
+
+
+def free_space(path: Path) -> int:
+    """Free bytes of the file system on which `path` lies or would lie."""
+    lies = path.absolute()
+    return shutil.disk_usage(next(place for place in (lies, *lies.parents) if place.exists())).free
 
 
 def _leave(message: str, status: int) -> None:

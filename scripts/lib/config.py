@@ -45,11 +45,18 @@ def check_config(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: one line per mistake, with the key's path, what was found and what is allowed.
     """
-    errors = jsonschema.Draft202012Validator(schema()).iter_errors(config)
+    if lines := mistakes_in(config, schema()):
+        raise config_error(lines)
+
+
+def mistakes_in(value: Any, rules: dict[str, Any]) -> list[str]:
+    """How a value differs from a part of the schema, one line per mistake; nothing where it is as allowed."""
+    errors = jsonschema.Draft202012Validator(rules).iter_errors(value)
     lines = [line for error in sorted(errors, key=lambda e: [str(p) for p in e.path]) for line in _explain(error)]
-    lines += [f"{where}: {value} is no finite number" for where, value in _leaves(config) if _is_endless(value)]
-    if lines:
-        raise config_error(list(dict.fromkeys(lines)))
+    for where, leaf in _leaves(value):
+        if _is_endless(leaf):
+            lines.append(f"{where}: {leaf} is no finite number".removeprefix(": "))
+    return list(dict.fromkeys(lines))
 
 
 def config_error(lines: list[str]) -> ConfigError:
@@ -57,10 +64,15 @@ def config_error(lines: list[str]) -> ConfigError:
     return ConfigError("\n".join(["config.yaml:", *(f"  {line}" for line in lines)]))
 
 
-def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a checked config in which every key is present, absent ones with the schema's default."""
-    filled = copy.deepcopy(config)
-    _fill(filled, schema())
+def with_defaults(value: Any, rules: dict[str, Any] | None = None) -> Any:
+    """
+    A copy in which every key is present, absent ones with the schema's default, and numbers are as declared.
+
+    Args:
+        value: a checked config, or a checked value for the part of the schema that `rules` are.
+    """
+    filled = copy.deepcopy(value)
+    _fill(filled, schema() if rules is None else rules)
     return filled
 
 

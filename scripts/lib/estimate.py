@@ -128,8 +128,8 @@ def answer_needs(model: Model, quant: str) -> Needs:
 
 
 def build_needs() -> Needs:
-    """Two compilers at once."""
-    return Needs(mem_mb=2000, disk_mb=600, runtime=60)
+    """One compiler a thread, the largest of which took 0.7 GB."""
+    return Needs(mem_mb=_mb(0.7e9 * THREADS), disk_mb=600, runtime=60)
 
 
 def small_needs() -> Needs:

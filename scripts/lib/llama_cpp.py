@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -146,13 +147,17 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _describe_compiler() -> str:
-    command = os.environ.get("CXX") or "c++"
-    if shutil.which(command) is None:
+    """The compiler's version, and the words that follow the first in CXX, as in "g++ -O2" or "ccache g++"."""
+    chosen = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        command = shlex.split(chosen)
+        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise LlamaCppError(
-            f"no C++ compiler ({command}) to build llama.cpp with; install one (Debian: apt install g++), "
-            "or set llama_cpp.path to a build of your own"
-        )
-    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+            f"no C++ compiler ({chosen}) to build llama.cpp with; install one (Debian: apt install g++), "
+            "set the variable CXX to one, or set llama_cpp.path to a build of your own"
+        ) from error
+    return " ".join([shown.partition("\n")[0], *command[1:]])
 
 
 def _cpu_features() -> list[str]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lib.console import progress
 from lib.errors import ModelmillError
 from lib.jsonfile import digest_json, read_json, write_json
 
@@ -42,8 +43,14 @@ def describe_file(path: Path) -> dict[str, Any]:
 def describe_files(folder: Path, names: Iterable[str], *, threads: int) -> dict[str, dict[str, Any]]:
     """`describe_file` of several files in a folder; hashing releases the GIL, so threads help."""
     ordered = sorted(names)
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        return dict(zip(ordered, pool.map(lambda name: describe_file(folder / name), ordered), strict=True))
+    total = sum((folder / name).stat().st_size for name in ordered)
+    described = {}
+    with ThreadPoolExecutor(max_workers=threads) as pool, progress("hashing", total=total, unit="B") as bar:
+        facts_of_each = pool.map(lambda name: describe_file(folder / name), ordered)
+        for name, facts in zip(ordered, facts_of_each, strict=True):
+            described[name] = facts
+            bar.advance(facts["size"])
+    return described
 
 
 def folder_manifest(*, artifact: str, files: dict[str, dict[str, Any]], origin: dict[str, Any]) -> dict[str, Any]:

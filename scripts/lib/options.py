@@ -1,21 +1,39 @@
 """
 Settings of the config as options of a script, and back.
 
-The schema is the one place where a setting's name, type, default and description stand: a script's
-options are made from it, and a rule writes a resolved section as exactly those options.
+The schema is the one place where a setting's name, type, limits, default and description stand: a script's
+options are made from it and held against it, and a rule writes a resolved section as exactly those options.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lib.config import definition, fill_by_method
+from lib.config import definition, fill_by_method, mistakes_in, with_defaults
 
 TYPES = {"integer": int, "number": float, "string": str}
+
+
+class _WithinLimits(argparse.Action):
+    """Take an option's whole value, if the schema allows it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, rules: dict[str, Any], **shared: Any) -> None:
+        super().__init__(option_strings, dest, **shared)
+        self.rules = rules
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, __: str | None = None) -> None:
+        """
+        Raises:
+            argparse.ArgumentError: naming the option, what was found and what is allowed; the script ends with 2.
+        """
+        if mistakes := mistakes_in(value, self.rules):
+            raise argparse.ArgumentError(self, "; ".join(mistakes))
+        setattr(namespace, self.dest, with_defaults(value, self.rules))
 
 
 def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tuple[str, ...] = ()) -> None:
@@ -36,12 +54,34 @@ def _add_setting(parser: Any, name: str, rule: dict[str, Any], *, required: bool
     shared = {"default": rule.get("default"), "help": rule["description"].replace("%", "%%"), "required": required}
     if kind == "boolean":
         parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, **shared)
-    elif kind == "array":
+        return
+    shared |= {"action": _WithinLimits, "rules": rule}
+    if kind == "array":
         parser.add_argument(option_name(name), nargs="*", metavar="NAME", **shared)
     elif "enum" in rule:
         parser.add_argument(option_name(name), choices=rule["enum"], **shared)
     else:
         parser.add_argument(option_name(name), type=TYPES[kind], metavar=kind.upper(), **shared)
+
+
+def add_json_setting(parser: argparse.ArgumentParser, name: str, rules: dict[str, Any]) -> None:
+    """Add an option that takes a whole mapping of the schema as JSON."""
+    parser.add_argument(
+        option_name(name),
+        action=_WithinLimits,
+        rules=rules,
+        type=_parse_json,
+        metavar="JSON",
+        default=rules["default"],
+        help=rules["description"].replace("%", "%%"),
+    )
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no valid JSON: {error}") from error
 
 
 def settings_from(arguments: argparse.Namespace, section: str) -> dict[str, Any]:

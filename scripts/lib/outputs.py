@@ -5,22 +5,37 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from lib.console import note
 from lib.errors import ModelmillError
+from lib.jsonfile import read_json
+from lib.manifest import NAME
+
+# What may lie in a folder of ours beside the files that its manifest names.
+ALSO_OURS = frozenset({NAME, ".snakemake_timestamp", ".hub"})
 
 
 class OutputError(ModelmillError):
-    """An output is being written by another run."""
+    """An output is being written by another run, or would destroy what is not ours."""
 
 
 @contextmanager
-def finished_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `output`; it replaces an earlier one when the block ends without an error."""
+def finished_folder(output: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """
+    Give a temporary folder beside `output`; it replaces an earlier one when the block ends without an error.
+
+    Args:
+        output: the final folder; if it is there, it has to be empty or an artifact of ours.
+        inputs: what the block reads; none of it may be lost to the output.
+
+    Raises:
+        OutputError: before the block, if something would be lost; or another run writes this output.
+    """
+    _refuse_loss(output, inputs)
     with only_writer(output):
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -70,6 +85,28 @@ def only_writer(output: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _refuse_loss(output: Path, inputs: Iterable[Path]) -> None:
+    place = output.resolve()
+    for path in inputs:
+        if place in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{output} would replace its own input {path}; name another folder")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} is there and no folder; name another one")
+    if output.is_dir() and (foreign := sorted({path.name for path in output.iterdir()} - _own_files(output))):
+        shown = ", ".join(foreign[:3])
+        raise OutputError(f"{output} holds files that are not modelmill's ({shown}); name another folder, or remove it")
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The files that were written here by us: those of the manifest, unless it lists a base used in place."""
+    try:
+        manifest = read_json(folder / NAME)
+        in_place = (manifest["origin"] or {}).get("kind") == "path"
+        return {*ALSO_OURS, *({} if in_place else manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set(ALSO_OURS)
 
 
 def _locked(lock: IO[str], path: Path) -> bool:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path
 
+from lib.cli import describe_full_disk, free_space
 from lib.console import note
 from lib.errors import ModelmillError
 
 LAST_LINES = 12
+LEAST_FREE = 1 << 20  # bytes; on a disk with less, no file of ours could be finished
+# What the C library says, and what numpy says when it could not write a whole array.
+FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+FRAME = re.compile(r'\s+File ".*", line \d+')
 
 
 class ProgramError(ModelmillError):
@@ -24,6 +31,7 @@ def run_program(
     *,
     follow: Callable[[str], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    output: Path | None = None,
 ) -> None:
     """
     Run a program to its end and hand each line it prints to `follow`.
@@ -32,10 +40,12 @@ def run_program(
         command: program and arguments.
         follow: sees every line, also those that a progress bar overwrites with a carriage return.
         environment: variables added to this process's.
+        output: the file that it writes; a program that ends with an error while its disk is full is said to
+            have met that, since few say so themselves. Without it, the working folder is looked at.
 
     Raises:
         ProgramError: it cannot be started, or ends with a status other than 0; the message ends with
-            the last lines it printed.
+            the last lines it printed, of a Python traceback only the error.
     """
     words = [str(word) for word in command]
     last: deque[str] = deque(maxlen=LAST_LINES)
@@ -63,8 +73,24 @@ def run_program(
         if process.stdout:
             process.stdout.close()
     if process.returncode:
-        name = Path(words[0]).name
-        raise ProgramError("\n".join([f"{name} ended with status {process.returncode}:", *(f"  {x}" for x in last)]))
+        ended = f"{Path(words[0]).name} ended with status {process.returncode}:"
+        if _met_full_disk(last, output=output):
+            ended = f"{describe_full_disk(writing=output)}; {ended}"
+        raise ProgramError("\n".join([ended, *(f"  {line}" for line in _without_frames(last))]))
+
+
+def _met_full_disk(last: Iterable[str], *, output: Path | None) -> bool:
+    """Whether a failed program says that the disk is full, or it is: llama-quantize says "iostream error" alone."""
+    return any(FULL_DISK.search(line) for line in last) or free_space(output or Path()) < LEAST_FREE
+
+
+def _without_frames(last: Sequence[str]) -> Sequence[str]:
+    """The last lines of a program; where they hold a Python traceback, what stands below its last frame."""
+    frames = [number for number, line in enumerate(last) if FRAME.match(line)]
+    if not frames:
+        return last
+    below = list(last)[frames[-1] + 1 :]
+    return list(dropwhile(lambda line: line.startswith("    "), below)) or last
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.console import Progress, note, progress, say
 from lib.dataset import IGNORED, DataError, Sample, encode_conversation, read_conversations
-from lib.errors import ModelmillError
+from lib.errors import ModelmillError, first_line
 from lib.train_settings import Train
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def train_lora(*, base: Path, data: Path, settings: Train, scratch: Path) -> Pef
 
     Raises:
         DataError: the data cannot be used with this base's chat template.
-        TrainingError: the device is not there.
+        TrainingError: the device is not there, or the base cannot be loaded.
     """
     from transformers import set_seed
 
@@ -82,7 +84,8 @@ def encode_samples(*, base: Path, data: Path, max_length: int) -> list[Sample]:
     """Read, render and encode the training data; says how much of it was cut."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    with _loading("tokenizer", base):
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     if not tokenizer.chat_template:
         raise DataError(f"{base} has no chat template: conversations cannot be rendered for it")
     samples = [encode_conversation(tokenizer, each, max_length=max_length) for each in read_conversations(data)]
@@ -118,14 +121,33 @@ def load_base(base: Path, settings: Train) -> Any:
             bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=getattr(torch, asked.bnb_4bit_compute_dtype),
         )
-    return AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": settings.device},
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with _loading("weights", base):
+        return AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": settings.device},
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+
+
+@contextmanager
+def _loading(what: str, base: Path) -> Iterator[None]:
+    """
+    Say of a base that transformers refuses which folder it is; the library's own errors seldom do.
+
+    It checks little itself: a damaged file ends in whatever exception its reading happens to meet, a plain
+    one from the tokenizers library, or a KeyError, TypeError, RuntimeError, SafetensorError and others.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        note(traceback.format_exc())
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise TrainingError(f"{base}: transformers cannot load its {what} ({reason}); check the files there") from error
 
 
 def attach_adapter(model: Any, settings: Train) -> PeftModel:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from smoke_test import Question, read_questions
 
 from lib.dataset import DataError, read_conversations
+from lib.questions import Question, read_questions
 
 
 @pytest.mark.parametrize(
