@@ -30,14 +30,17 @@ def summarize_build(*, model: str, folder: Path) -> str:
         folder / "adapters" / model,
         folder / "models" / model / "merged",
         *sorted((folder / "models").glob(f"{model}.*.gguf")),
-        *sorted((folder / "models").glob(f"{model}*.Modelfile")),
+        folder / "models" / f"{model}.Modelfile",
+        *sorted((folder / "models").glob(f"{model}.*.Modelfile")),
     ]
     there = [path for path in artifacts if path.exists()]
     if not there:
         raise SummaryError(f"nothing of {model} is built in {folder.resolve()}")
-    lines = [f"\n{model}: built in {_duration(sum(_step_seconds(folder, model).values()))}"]
+    steps = _step_seconds(folder, model)
+    lines = [f"\n{model}: built in {_duration(sum(steps.values()))}" if steps else f"\n{model}: built"]
     lines += [f"  {_size(path):>9}  {path.relative_to(folder)}" for path in there]
-    lines += ["steps:", *(f"  {_duration(s):>9}  {name}" for name, s in _step_seconds(folder, model).items())]
+    if steps:
+        lines += ["steps:", *(f"  {_duration(seconds):>9}  {name}" for name, seconds in steps.items())]
     lines += _describe_answers(folder / "reports" / f"{model}.smoke.json")
     modelfile = folder / "models" / f"{model}.Modelfile"
     if modelfile.is_file():

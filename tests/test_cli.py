@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from lib import cli
 from lib.cli import describe_os_error, script_parser, usable_cores
@@ -17,13 +19,16 @@ from lib.cli import describe_os_error, script_parser, usable_cores
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 FRAME = """
 import errno, os, signal
+from pathlib import Path
 from lib.cli import UsageError, run_script, script_parser
 from lib.errors import ModelmillError
 
 def work(arguments):
     {work}
 
-run_script(script_parser("Does something."), work)
+parser = script_parser("Does something.")
+parser.add_argument("--output", type=Path)
+run_script(parser, work)
 """
 
 
@@ -138,3 +143,43 @@ def test_a_full_disk_has_a_way_out(number: int) -> None:
 def test_signals_are_as_python_knows_them() -> None:
     """130 is what a shell reports for SIGINT."""
     assert cli.INTERRUPTED == 128 + signal.SIGINT
+
+
+def test_a_full_disk_is_never_said_of_the_file_that_was_read() -> None:
+    copied = OSError(errno.ENOSPC, "No space left on device", "bases/m/LICENSE", None, "models/m/LICENSE")
+    assert "(writing models/m/LICENSE)" in describe_os_error(copied)
+    assert "bases/m" not in describe_os_error(copied)
+
+
+def test_a_full_disk_without_a_known_file(tmp_path: Path) -> None:
+    """What is free for the output tells the user whether that is the disk."""
+    unknown = OSError(errno.ENOSPC, "No space left on device")
+    said = describe_os_error(unknown, output=tmp_path / "not/there/yet")
+    assert re.search(rf"the disk is full \([\d.]+ MB are free now for {tmp_path}/not/there/yet\)", said)
+    assert "writing" not in describe_os_error(unknown)
+
+
+def test_other_errors_name_what_is_known() -> None:
+    assert describe_os_error(OSError(errno.EIO, "Input/output error")) == "Input/output error"
+    assert describe_os_error(OSError(errno.EIO, "Input/output error", "a", None, "b")) == "a → b: Input/output error"
+    assert describe_os_error(OSError("of a library")) == "of a library"
+
+
+@pytest.mark.parametrize("log", ["full/x.log", "x.log"])
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        ("import shutil; shutil.copyfile('source', 'full/copy')", "(writing full/copy)"),
+        ("open('full/out', 'wb').write(bytes(1 << 21))", "MB are free now for full/out)"),
+    ],
+)
+def test_a_disk_that_is_full(work: str, said: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log may lie there as well: then the message is on the screen alone, without a fault of logging's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").write_bytes(bytes(1 << 21))
+    with small_disk(tmp_path / "full"):
+        done = run(tmp_path, work, "--log", log, "--output", "full/out")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "source" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -127,3 +127,13 @@ def test_options_that_do_not_go_together(options: tuple[str, ...], tmp_path: Pat
     done = fetch(*options, "--output", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [("{bad", "is no valid JSON"), ("[1]", "found list [1]"), ("{}", "missing key 'hidden_size'")]
+)
+def test_a_shape_that_is_none(shape: str, said: str, tiny_base: Path, tmp_path: Path) -> None:
+    done = fetch("--path", str(tiny_base), "--output", str(tmp_path / "out"), "--shape", shape)
+    assert done.returncode == 2
+    assert "--shape" in done.stderr and said in done.stderr
+    assert "Traceback" not in done.stderr

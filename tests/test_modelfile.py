@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +119,16 @@ def test_stops_are_told_once_those_of_the_weights_first() -> None:
 
 def test_the_order_of_parameters_does_not_matter() -> None:
     assert render(parameters={"top_p": 1, "num_ctx": 2}) == render(parameters={"num_ctx": 2, "top_p": 1})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [("[1]", "found list [1]"), ('{"heat": 1}', "unknown key 'heat'"), ('{"stop": "END"}', "stop: expected array")],
+)
+def test_wrong_parameters_on_the_command_line(parameters: str, said: str, tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "scripts/render_modelfile.py"
+    command = [sys.executable, script, "--gguf", "x.gguf", "--output", "x", "--parameters", parameters]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--parameters" in done.stderr and said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from tiny import SHAPE
 
 from lib.config import definition
-from lib.options import add_settings, as_options, option_name, settings_from
+from lib.options import add_json_setting, add_settings, as_options, option_name, settings_from
 from lib.spec import Smoke, resolve_project
 from lib.train_settings import Train
 from lib.typed import build
@@ -113,3 +113,49 @@ def test_settings_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--path", "x", "--gguf", "y"], "base", without=("gguf", "shape"))
     assert "--gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "said"),
+    [
+        ("train", ["--learning-rate", "-1"], "--learning-rate: -1.0 is less than or equal to the minimum of 0"),
+        ("train", ["--learning-rate", "nan"], "--learning-rate: nan is no finite number"),
+        ("train", ["--weight-decay", "inf"], "--weight-decay: inf is no finite number"),
+        ("train", ["--threads", "0"], "--threads: 0 is less than the minimum of 1"),
+        ("train", ["--per-device-train-batch-size", "0"], "0 is less than the minimum of 1"),
+        ("train", ["--num-train-epochs", "0"], "0.0 is less than or equal to the minimum of 0"),
+        ("train", ["--lora-dropout", "1"], "1.0 is greater than or equal to the maximum of 1"),
+        ("train", ["--target-modules", "q_proj", "q_proj"], "--target-modules"),
+        ("merge", ["--max-shard-size", "-5"], "--max-shard-size: -5 is less than the minimum of 1"),
+        ("smoke", ["--questions", "x", "--max-tokens", "0"], "--max-tokens: 0 is less than the minimum of 1"),
+        ("base", ["--sha256", "abc"], "--sha256: 'abc' is not of the form"),
+        ("base", ["--hub", "no-owner"], "--hub: 'no-owner' is not of the form"),
+    ],
+)
+def test_the_schemas_limits_hold_for_options(
+    section: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--data", "x", *words] if section == "train" else words, section, without=("shape",))
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mapping_as_json_is_held_against_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_json_setting(parser, "parameters", definition("ollama")["properties"]["parameters"])
+    assert parser.parse_args([]).parameters == {}
+    read = parser.parse_args(["--parameters", '{"num_ctx": 8192.0, "temperature": 1, "stop": ["END"]}']).parameters
+    assert repr(read) == "{'num_ctx': 8192, 'temperature': 1.0, 'stop': ['END']}", "numbers as in a config"
+    for text, said in (
+        ("{bad", "'{bad' is no valid JSON"),
+        ("[" * 100_000, "is no valid JSON"),
+        ("[1]", "expected object, found list [1]"),
+        ('{"temprature": 1}', "unknown key 'temprature'; did you mean 'temperature'?"),
+        ('{"stop": "END"}', "stop: expected array, found string 'END'"),
+        ('{"num_ctx": 0, "top_p": NaN}', "num_ctx: 0 is less than the minimum of 1; top_p: nan is no finite number"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(["--parameters", text])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err

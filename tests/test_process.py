@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from lib.console import LOGGER, configure_logging
 from lib.process import LAST_LINES, ProgramError, run_program
@@ -114,3 +115,50 @@ def test_a_follower_that_fails_ends_the_program(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_program([sys.executable, "-c", program], follow=stop)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["cannot write: No space left on device", "OSError: 65536 requested and 52896 written", "Disk quota exceeded"],
+)
+def test_a_program_that_says_that_the_disk_is_full(said: str, tmp_path: Path) -> None:
+    with pytest.raises(ProgramError) as failed:
+        run_program([sys.executable, "-c", f"print({said!r}); exit(1)"], output=tmp_path / "x.gguf")
+    first, second = str(failed.value).splitlines()
+    assert first.startswith(f"the disk is full (writing {tmp_path / 'x.gguf'}): free some space")
+    assert second == f"  {said}"
+
+
+def test_a_program_that_fills_the_disk_and_does_not_say_so(tmp_path: Path) -> None:
+    program = (
+        "import sys\ntry:\n    open('full/x', 'wb').write(bytes(1 << 21))\nexcept OSError:\n    sys.exit('stream')"
+    )
+    with small_disk(tmp_path / "full") as disk, pytest.raises(ProgramError, match=r"^the disk is full .*\n  stream$"):
+        run_program(["env", "-C", tmp_path, sys.executable, "-c", program], output=disk / "x")
+
+
+def test_a_program_that_fails_for_another_reason(tmp_path: Path) -> None:
+    with pytest.raises(ProgramError) as failed:
+        run_program([sys.executable, "-c", "exit(1)"], output=tmp_path / "not/there")
+    assert "disk" not in str(failed.value)
+
+
+def test_a_python_programs_traceback_is_for_the_log(log: Path) -> None:
+    program = (
+        "import sys\n"
+        "def inner():\n    try:\n        {}['lost']\n    except KeyError as error:\n"
+        "        raise ValueError('first\\n  second') from error\n"
+        "sys.stderr.write('Writing:  38%|###    | 1/3\\n')\ninner()\n"
+    )
+    with pytest.raises(ProgramError) as failed:
+        run_program([sys.executable, "-c", program])
+    _, *rest = str(failed.value).splitlines()
+    assert rest == ["  ValueError: first", "    second"]
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert "KeyError: 'lost'" in log.read_text()
+
+
+def test_progress_bars_do_not_push_out_the_last_words() -> None:
+    program = "import sys; print('the reason', flush=True); [print(f'\\r{n}%|#', end='') for n in range(50)]; exit(1)"
+    with pytest.raises(ProgramError, match=r":\n  the reason$"):
+        run_program([sys.executable, "-c", program])

@@ -2,24 +2,68 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
-from conftest import copy_built, planned_rules, run_snakemake, write_project
+from conftest import ROOT, copy_built, planned_rules, run_snakemake, write_project
 
 pytestmark = pytest.mark.slow
 
-MODELFILE = {"render_modelfile"}
-QUANTIZED = {"quantize_gguf", *MODELFILE}
-CONVERTED = {"convert_gguf", *QUANTIZED}
-MERGED = {"merge_adapter", *CONVERTED}
-TRAINED = {"train_adapter", *MERGED}
+TARGETS = ("models/tiny.q4_k_m.gguf", "models/tiny.Modelfile", "reports/tiny.smoke.json")
+
+# Each job is named by its rule and its first output; a chain is a job and all that follows from it.
+MODELFILE = {("render_modelfile", "models/tiny.Modelfile")}
+SMOKE = {("smoke_test", "reports/tiny.smoke.json")}
+ASKED = {("check_questions", "work/tiny/questions.json"), *SMOKE}
+QUANTIZED = {("quantize_gguf", "models/tiny.q4_k_m.gguf"), *MODELFILE, *SMOKE}
+CONVERTED = {("convert_gguf", "models/tiny.f16.gguf"), *QUANTIZED}
+MERGED = {("merge_adapter", "models/tiny/merged/MANIFEST.json"), *CONVERTED}
+TRAINED = {("train_adapter", "adapters/tiny/MANIFEST.json"), *MERGED}
+CHECKED = {("check_data", "work/tiny/data.json"), *TRAINED}
+BASE_QUANTIZED = {("quantize_gguf", "models/tiny.base.q4_k_m.gguf"), *SMOKE}
+BASE_CONVERTED = {("convert_gguf", "models/tiny.base.f16.gguf"), *BASE_QUANTIZED}
+FETCHED = {("fetch_base", "bases/tiny/MANIFEST.json"), *TRAINED, *BASE_CONVERTED}
+Q5_K_M = {(rule, output.replace("q4_k_m", "q5_k_m")) for rule, output in QUANTIZED | BASE_QUANTIZED}
+
+
+def planned_jobs(done: subprocess.CompletedProcess[str]) -> set[tuple[str, str]]:
+    """Rule and first output of every job that a dry run lists; the rules are held against its table of jobs."""
+    planned = planned_rules(done)
+    jobs = re.findall(
+        r"^(?:local)?rule (\w+):\n(?:    .+\n)*?    output: ([^,\s]+)", done.stdout + done.stderr, re.MULTILINE
+    )
+    assert {rule for rule, _ in jobs} == planned
+    return set(jobs)
+
+
+def plan(project: Path, checkout: Path, *targets: str) -> set[tuple[str, str]]:
+    """What a dry run would do."""
+    return planned_jobs(run_snakemake(project, "-n", *targets, checkout=checkout))
+
+
+@pytest.fixture(scope="module")
+def recorded(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    The built folder with a base inside, named by a relative path, so that the base of a copy can be changed.
+
+    Snakemake's own --touch records the files as built; nothing is computed again.
+    """
+    project, checkout = copy_built(built, tmp_path_factory.mktemp("recorded") / "place")
+    config = yaml.safe_load((project / "config.yaml").read_text(encoding="utf-8"))
+    base = Path(config["models"]["tiny"]["base"]["path"])
+    shutil.copytree(project / base, project / "tiny-llama", dirs_exist_ok=True)
+    set_in_config("models", "tiny", "base", "path", value="tiny-llama")(project, checkout)
+    touched = run_snakemake(project, "-j1", "--touch", *TARGETS, checkout=checkout)
+    assert touched.returncode == 0, touched.stderr
+    assert plan(project, checkout, *TARGETS) == set()
+    return project
 
 
 def set_in_config(*path: str, value: object) -> Callable[[Path, Path], None]:
@@ -52,6 +96,10 @@ def change_a_line_of_data(project: Path, checkout: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("q4_k_m", "q5_k_m", 1), encoding="utf-8")
 
 
+def ask_something_else(project: Path, checkout: Path) -> None:
+    (project / "ask.jsonl").write_text('{"question": "Who?", "expect": [["snakemake"]]}\n')
+
+
 def touch_every_script(project: Path, checkout: Path) -> None:
     for script in (checkout / "scripts").rglob("*.py"):
         os.utime(script)
@@ -59,23 +107,39 @@ def touch_every_script(project: Path, checkout: Path) -> None:
 
 def touch_the_data(project: Path, checkout: Path) -> None:
     os.utime(project / "train.jsonl")
+    os.utime(project / "ask.jsonl")
+
+
+def run_only(rule: str, output: str, project: Path, checkout: Path) -> None:
+    """Run one rule for real, whatever else is planned."""
+    before = (project / output).stat()
+    done = run_snakemake(
+        project, "-j1", "--until", rule, "--forcerun", rule, "--", output, checkout=checkout
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (project / output).stat().st_mtime_ns > before.st_mtime_ns
 
 
 def convert_again(project: Path, checkout: Path) -> None:
-    before = (project / "models/tiny.f16.gguf").stat()
-    done = run_snakemake(
-        project, "-j1", "--until", "convert_gguf", "--forcerun", "convert_gguf", "--", "models/tiny.f16.gguf",
-        checkout=checkout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (project / "models/tiny.f16.gguf").stat().st_mtime_ns > before.st_mtime_ns
+    run_only("convert_gguf", "models/tiny.f16.gguf", project, checkout)
 
 
-def change_a_shard_of_the_base(project: Path, checkout: Path) -> None:
-    base = Path(yaml.safe_load((project / "config.yaml").read_text())["models"]["tiny"]["base"]["path"])
-    mine = project / "base"
-    shutil.copytree(base, mine)
-    set_in_config("models", "tiny", "base", "path", value=str(mine))(project, checkout)
+def flip_a_byte_of_the_base(project: Path, checkout: Path) -> None:
+    shard = sorted((project / "tiny-llama").glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def move_the_base(project: Path, checkout: Path) -> None:
+    (project / "elsewhere").mkdir()
+    (project / "tiny-llama").rename(project / "elsewhere/tiny-llama")
+    set_in_config("models", "tiny", "base", "path", value="elsewhere/tiny-llama")(project, checkout)
+
+
+def move_the_base_and_list_it(project: Path, checkout: Path) -> None:
+    move_the_base(project, checkout)
+    run_only("fetch_base", "bases/tiny/MANIFEST.json", project, checkout)
 
 
 ANOTHER = {"base": {"hub": "someone/other", "revision": "main", "shape": tiny.SHAPE}}
@@ -90,15 +154,17 @@ TABLE = {
     ),
     "the quantization type": (
         set_in_config("models", "tiny", "quantize", "types", value=["q5_k_m"]),
-        QUANTIZED,
+        Q5_K_M,
     ),
     "the shard size": (set_in_config("models", "tiny", "merge", "max_shard_size", value=2), MERGED),
     "the learning rate": (
         set_in_config("models", "tiny", "adapter", "train", "learning_rate", value=0.02),
         TRAINED,
     ),
-    "one line of data": (change_a_line_of_data, {"check_data", *TRAINED}),
-    "the base": (change_a_shard_of_the_base, {"fetch_base", *TRAINED}),
+    "one line of data": (change_a_line_of_data, CHECKED),
+    "one byte of the base": (flip_a_byte_of_the_base, FETCHED),
+    "the same base at another path, once it is listed": (move_the_base_and_list_it, set()),
+    "a held-out question": (ask_something_else, ASKED),
     "a helper that only the merge uses": (
         replace_in_checkout("scripts/lib/merge.py", "1 << 24", "1 << 23"),
         MERGED,
@@ -113,7 +179,7 @@ TABLE = {
     ),
     "a comment in the README": (replace_in_checkout("README.md", "modelmill", "<!-- a remark -->modelmill"), set()),
     "the time of every script": (touch_every_script, set()),
-    "the time of the data": (touch_the_data, set()),
+    "the time of the data and of the questions": (touch_the_data, set()),
     "another model's entry": (set_in_config("models", "other", value=ANOTHER), set()),
     "the machine planned for": (set_in_config("hardware", "gpus", value=[24, 24]), set()),
     "a forced conversion to the same bytes": (convert_again, set()),
@@ -121,30 +187,26 @@ TABLE = {
 
 
 @pytest.mark.parametrize("edited", TABLE)
-def test_edit_reruns_exactly(edited: str, built: Path, tmp_path: Path) -> None:
+def test_edit_reruns_exactly(edited: str, recorded: Path, tmp_path: Path) -> None:
     edit, expected = TABLE[edited]
-    project, checkout = copy_built(built, tmp_path / "copy")
+    project, checkout = copy_built(recorded, tmp_path / "copy")
     edit(project, checkout)
-    targets = ["models/tiny.q4_k_m.gguf", "models/tiny.Modelfile"]
-    if edited == "the quantization type":
-        targets = ["models/tiny.Modelfile"]
-    assert planned_rules(run_snakemake(project, "-n", *targets, checkout=checkout)) == expected
+    targets = [name.replace("q4_k_m", "q5_k_m") for name in TARGETS] if expected is Q5_K_M else TARGETS
+    assert plan(project, checkout, *targets) == expected
 
 
 def test_revision_of_a_hub_base_reruns_its_chain(tmp_path: Path, tiny_base: Path) -> None:
     """Snakemake's own --touch takes files as built; so no download is needed for this row."""
     project = write_project(tmp_path / "project", base=tiny_base)
-    set_in_config("models", "tiny", value={**ANOTHER, "adapter": {"train": tiny.TRAIN}})(project, project)
-    for name in ("bases/tiny/MANIFEST.json", "adapters/tiny/MANIFEST.json", "models/tiny/merged/MANIFEST.json"):
-        (project / name).parent.mkdir(parents=True)
-        (project / name).write_text("{}")
-    for name in ("adapters/tiny/adapter_model.safetensors", "adapters/tiny/adapter_config.json",
-                 "models/tiny.f16.gguf", "models/tiny.f16.gguf.json", "models/tiny.q4_k_m.gguf",
-                 "models/tiny.q4_k_m.gguf.json", "models/tiny.Modelfile", "work/tiny/data.json",
-                 "work/llama_cpp.json"):  # fmt: skip
+    hub = {**ANOTHER, "adapter": {"train": tiny.TRAIN}, "smoke": {"questions": "ask.jsonl"}}
+    set_in_config("models", "tiny", value=hub)(project, project)
+    outputs = [output for _, output in FETCHED | CHECKED | ASKED] + ["work/llama_cpp.json"]
+    outputs += [f"{output}.json" for output in outputs if output.endswith(".gguf")]
+    outputs += ["adapters/tiny/adapter_model.safetensors", "adapters/tiny/adapter_config.json"]
+    for name in outputs:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (project / name).write_text(json.dumps({}))
-    assert run_snakemake(project, "-j1", "--touch", "all").returncode == 0
-    assert planned_rules(run_snakemake(project, "-n", "all")) == set()
+        (project / name).write_text("{}")
+    assert run_snakemake(project, "-j1", "--touch", "--forceall", *TARGETS).returncode == 0
+    assert plan(project, ROOT, *TARGETS) == set()
     set_in_config("models", "tiny", "base", "revision", value="v2")(project, project)
-    assert planned_rules(run_snakemake(project, "-n", "all")) == {"fetch_base", *TRAINED}
+    assert plan(project, ROOT, *TARGETS) == FETCHED

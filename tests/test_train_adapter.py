@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 from conftest import ROOT
 
+from lib.config import definition, with_defaults
 from lib.dataset import IGNORED, Sample
-from lib.training import pad_batch
+from lib.train_settings import Train
+from lib.training import TrainingError, encode_samples, load_base, pad_batch
+from lib.typed import build
 
 
 def train(base: Path, data: Path, output: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,3 +93,37 @@ def test_what_cannot_be_trained(options: tuple[str, ...], message: str, tiny_bas
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+def set_model_type(folder: Path, value: str | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": value}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda base: (base / "tokenizer.json").write_text("{bad"), "cannot load its tokenizer (JSONDecodeError: "),
+        (lambda base: (base / "tokenizer.json").write_text("{}"), "cannot load its tokenizer (KeyError: "),
+        (lambda base: set_model_type(base, "foo"), "model type `foo`"),
+        (lambda base: (base / "config.json").unlink(), "config.json"),
+        (lambda base: (base / "config.json").write_text("{bad"), "not a valid JSON file"),
+        (lambda base: next(base.glob("*-00001-*")).write_bytes(b"short"), "cannot load its weights (SafetensorError: "),
+    ],
+    ids=["damaged tokenizer", "empty tokenizer", "unknown type", "no config", "damaged config", "cut weights"],
+)
+def test_a_base_that_transformers_refuses_is_named(
+    damage: Callable[[Path], object], said: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Called as by the script once a manifest has vouched for the folder."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    damage(base)
+    asked = {**tiny.TRAIN, "method": "lora"}
+    settings = build(Train, with_defaults(asked, definition("train")))
+    with pytest.raises(TrainingError) as refused:
+        encode_samples(base=base, data=tiny.write_data(tmp_path / "data.jsonl"), max_length=64)
+        load_base(base, settings)
+    assert str(refused.value).startswith(f"{base}: transformers cannot load its ")
+    assert said in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -56,6 +57,7 @@ def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespa
     """Parse, set up the log, work, and leave with the documented status."""
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.raiseExceptions = False  # a log on a full disk would show a traceback for every line it misses
     try:
         configure_logging(log=arguments.log)
         work(arguments)

@@ -19,6 +19,7 @@ LAST_LINES = 12
 LEAST_FREE = 1 << 20  # bytes; on a disk with less, no file of ours could be finished
 # What the C library says, and what numpy says when it could not write a whole array.
 FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+BAR = re.compile(r"\d+%\|")  # of tqdm; a dozen of them would push out what the program says at its end
 FRAME = re.compile(r'\s+File ".*", line \d+')
 
 
@@ -61,7 +62,8 @@ def run_program(
         raise ProgramError(f"{words[0]} cannot be started: {error.strerror}") from error
     try:
         for line in _lines(process):
-            last.append(line)
+            if not BAR.search(line):
+                last.append(line)
             note(line)
             if follow:
                 follow(line)

@@ -126,7 +126,7 @@ def load_base(base: Path, settings: Train) -> Any:
             base,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": settings.device},
+            device_map="auto" if settings.device == "cuda" else {"": "cpu"},
             local_files_only=True,
             trust_remote_code=False,
         )
