@@ -155,7 +155,10 @@ MISTAKES = {
     "data": (write("train.jsonl", "no json\n"), ["line 1: no JSON"]),
     "device": (set_in_config(*TRAIN, "device", value="cuda"), ["no usable GPU", "set train.device: cpu"]),
     "layers": (set_in_config(*TRAIN, "lora", "target_modules", value=["q_prj"]), ["q_prj"]),
-    "base": (set_in_config("models", "tiny", "base", "path", value="bare"), ["bare holds no weights"]),
+    "base": (
+        set_in_config("models", "tiny", "base", value={"path": "bare", "shape": SHAPE}),
+        ["bare holds no weights"],
+    ),
 }
 
 

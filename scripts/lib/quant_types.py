@@ -40,5 +40,5 @@ BITS_PER_WEIGHT = {
 SOURCE_TYPES = ("f16", "bf16")  # written by the converter from a checkpoint, not by the quantizer
 QUANTIZED_TYPES = tuple(name for name in BITS_PER_WEIGHT if name not in (*SOURCE_TYPES, "f32"))
 # llama-quantize refuses these without an importance matrix.
-NEED_IMATRIX = frozenset({"iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
+NEED_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
 BUILDABLE_TYPES = tuple(name for name in QUANTIZED_TYPES if name not in NEED_IMATRIX)
