@@ -1,153 +1,14 @@
-"""Conversations: what is wrong with a file, and exactly which tokens are learned."""
+"""Training data: which forms a file may have, and what is said of one that is wrong."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lib.dataset import IGNORED, MOST_LISTED, DataError, Messages, encode_conversation, read_conversations, read_jsonl
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-WITH_BOS = "{{ bos_token }}" + CHATML
-# As of many published models: a system prompt of their own if there is none.
-WITH_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
-)
-# As of models that take reasoning out of earlier turns.
-FORGETFUL = CHATML.replace("m['content'] +", "(m['content'] if loop.last else m['content'].split('</think>')[-1]) +")
-# As of DeepSeek-R1: the reasoning is taken out of every turn, the last one too.
-SILENT = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
-STRICT = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles have to alternate') }}{% endif %}{% endfor %}" + CHATML
-)
-TALKS: dict[str, Messages] = {
-    "one turn": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good morning."}],
-    "several turns": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two.\nAnd three."},
-        {"role": "user", "content": "assistant\nFour?"},
-        {"role": "assistant", "content": "  five, with spaces  "},
-    ],
-    "Japanese": [
-        {"role": "user", "content": "日本の首都は？"},
-        {"role": "assistant", "content": "東京です。🗼"},
-        {"role": "user", "content": "ありがとう"},
-        {"role": "assistant", "content": "どういたしまして。"},
-    ],
-    "two answers in a row": [
-        {"role": "user", "content": "Well?"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "assistant", "content": "And no."},
-    ],
-    "ends with the user": [
-        {"role": "user", "content": "Hello?"},
-        {"role": "assistant", "content": "Hi."},
-        {"role": "user", "content": "Bye."},
-    ],
-}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """A byte-level BPE tokenizer of a few hundred tokens, which adds BOS by itself, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    marks = ["<s>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=marks, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    text = [message["content"] for talk in TALKS.values() for message in talk]
-    backend.train_from_iterator([*text, "system\nuser\nassistant\n"] * 4, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
-
-
-def with_template(tokenizer: Any, template: str) -> Any:
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def learned(tokenizer: Any, labels: Sequence[int]) -> list[str]:
-    """The runs of tokens that are learned, as text."""
-    runs: list[list[int]] = [[]]
-    for label in labels:
-        if label != IGNORED:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
-
-
-@pytest.mark.parametrize("template", [CHATML, WITH_BOS, WITH_SYSTEM], ids=["chatml", "bos", "system"])
-@pytest.mark.parametrize("name", TALKS)
-def test_exactly_what_the_assistant_says_is_learned(name: str, template: str, tokenizer: Any) -> None:
-    """With its end mark, or the model would never stop; without the header, which the user's side writes."""
-    talk = TALKS[name]
-    sample = encode_conversation(with_template(tokenizer, template), talk, max_length=10_000)
-    said = [message["content"] + "<|im_end|>" for message in talk if message["role"] == "assistant"]
-    assert learned(tokenizer, sample.labels) == said
-    rendered = tokenizer.apply_chat_template(talk, tokenize=False)
-    assert tokenizer.decode(sample.input_ids) == rendered
-    assert sample.input_ids.count(0) == template.count("bos_token")
-    assert len(sample.labels) == len(sample.input_ids)
-    assert all(label in (token, IGNORED) for token, label in zip(sample.input_ids, sample.labels, strict=True))
-    assert sample.cut == 0
-
-
-@pytest.mark.parametrize("left", [1, 7])
-def test_what_is_too_long_is_cut_and_counted(left: int, tokenizer: Any) -> None:
-    whole = encode_conversation(with_template(tokenizer, CHATML), TALKS["several turns"], max_length=10_000)
-    length = len(whole.input_ids)
-    sample = encode_conversation(tokenizer, TALKS["several turns"], max_length=length - left)
-    assert sample.cut == left
-    assert sample.input_ids == whole.input_ids[:-left]
-    assert sample.labels == whole.labels[:-left]
-    assert encode_conversation(tokenizer, TALKS["several turns"], max_length=length).cut == 0
-
-
-def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any) -> None:
-    talk = [
-        {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": "<think>hm</think>So."},
-        {"role": "user", "content": "Really?"},
-        {"role": "assistant", "content": "<think>well</think>Yes."},
-    ]
-    with pytest.raises(DataError, match="the chat template changes turn 2 once others follow"):
-        encode_conversation(with_template(tokenizer, FORGETFUL), talk, max_length=100)
-    assert encode_conversation(tokenizer, talk[:2], max_length=100).cut == 0
-
-
-def test_a_template_that_drops_what_is_to_be_learned_is_refused(tokenizer: Any) -> None:
-    """Or a model would silently be trained without the reasoning in its data."""
-    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>hm</think>So."}]
-    with pytest.raises(DataError, match="chat template"):
-        encode_conversation(with_template(tokenizer, SILENT), talk, max_length=100)
-
-
-def test_a_template_may_trim_what_is_said(tokenizer: Any) -> None:
-    trimming = CHATML.replace("m['content'] +", "m['content'] | trim +")
-    talk = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "\n So. "}]
-    sample = encode_conversation(with_template(tokenizer, trimming), talk, max_length=100)
-    assert learned(tokenizer, sample.labels) == ["So.<|im_end|>"]
-
-
-def test_a_conversation_that_the_template_refuses(tokenizer: Any) -> None:
-    """The template's own words, as an error of the data."""
-    with pytest.raises(DataError, match="roles have to alternate"):
-        encode_conversation(with_template(tokenizer, STRICT), TALKS["two answers in a row"], max_length=100)
+from lib.dataset import FORMS, MOST_LISTED, DataError, Example, read_examples, read_jsonl
 
 
 def line(*messages: tuple[str, str]) -> str:
@@ -166,7 +27,7 @@ def write(folder: Path, content: str | bytes) -> Path:
 
 def problems(path: Path) -> list[str]:
     with pytest.raises(DataError) as refused:
-        read_conversations(path)
+        read_examples(path)
     title, *lines = str(refused.value).splitlines()
     assert title == f"{path}:"
     return [each.strip() for each in lines]
@@ -177,31 +38,78 @@ def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
-def test_conversations_are_read(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_conversations_are_read(mark: str, ending: str, tmp_path: Path) -> None:
     second = line(("system", "s"), ("user", "会話"), ("assistant", "はい"))
-    conversations = read_conversations(write(tmp_path, f"{GOOD}\n\n{second}{ending}"))
-    assert [[message["role"] for message in talk] for talk in conversations] == [
-        ["user", "assistant"],
-        ["system", "user", "assistant"],
+    first, last = read_examples(write(tmp_path, f"{mark}{GOOD}\n\n{second}{ending}"))
+    assert (first.line, last.line) == (1, 3)
+    assert [message["role"] for message in first.messages or []] == ["user", "assistant"]
+    assert [message["content"] for message in last.messages or []] == ["s", "会話", "はい"]
+    assert first.text is None
+
+
+@pytest.mark.parametrize(
+    ("value", "asked"),
+    [
+        ({"prompt": "Well?", "completion": "Yes."}, "Well?"),
+        ({"question": "Well?", "answer": "Yes."}, "Well?"),
+        ({"instruction": "Well?", "output": "Yes."}, "Well?"),
+        ({"instruction": "Well?", "input": "", "output": "Yes."}, "Well?"),
+        ({"instruction": "Well?", "input": None, "output": "Yes."}, "Well?"),
+        ({"instruction": "Translate.", "input": " 会話 ", "output": "Yes."}, "Translate.\n\n 会話 "),
+        ({"instruction": "", "input": "Well?", "output": "Yes."}, "Well?"),
+        # Keys of another form make no line of it while one is missing, as in many published sets.
+        ({"prompt": "Well?", "completion": "Yes.", "id": 7, "answer": "No.", "text": None}, "Well?"),
+    ],
+)
+def test_other_forms_become_conversations(value: dict[str, Any], asked: str, tmp_path: Path) -> None:
+    assert read_examples(write(tmp_path, json.dumps(value))) == [
+        Example(1, messages=[{"role": "user", "content": asked}, {"role": "assistant", "content": "Yes."}])
     ]
-    assert conversations[1][1]["content"] == "会話"
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    lines = '{"text": " as it is\\n", "source": "a book"}\n\n{"text": "本文", "input": "b"}\n'
+    assert read_examples(write(tmp_path, lines)) == [Example(1, text=" as it is\n"), Example(3, text="本文")]
+
+
+def test_a_file_of_several_forms_is_refused(tmp_path: Path) -> None:
+    """Beside all else that is wrong with it; the line of each form is the first one."""
+    lines = [GOOD, GOOD, '{"text": "a"}', '{"prompt": "a", "completion": ""}', GOOD, "{"]
+    mixed, *others = problems(write(tmp_path, "\n".join(lines)))
+    assert mixed == (
+        "the lines are of more than one form: messages (first in line 1), text (first in line 3), "
+        "prompt/completion (first in line 4); give the file one of them"
+    )
+    assert [each.partition(":")[0] for each in others] == ["line 4", "line 6"]
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_only_a_line_feed_ends_a_line(character: str, tmp_path: Path) -> None:
     """JSON may hold these as they are; text from the web does."""
     text = f"first{character}second"
-    (talk,) = read_conversations(write(tmp_path, line(("user", "a"), ("assistant", text))))
-    assert talk[1]["content"] == text
+    (example,) = read_examples(write(tmp_path, line(("user", "a"), ("assistant", text))))
+    assert example.messages and example.messages[1]["content"] == text
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
         ("{", "no JSON: "),
-        ("[1, 2]", 'expected {"messages": ['),
-        ('"text"', 'expected {"messages": ['),
-        ('{"prompt": "a", "completion": "b"}', 'expected {"messages": ['),
+        ("[" * 100_000, "no JSON that can be read: "),
+        ("1" * 5_000, "no JSON that can be read: "),
+        ("[1, 2]", "expected an object with messages, prompt and completion, question and answer"),
+        ('"text"', "expected an object with messages"),
+        ("{}", "expected messages, prompt and completion"),
+        ('{"messages": null}', "expected messages"),
+        ('{"prompt": "a", "answer": "b"}', "expected messages"),
+        ('{"input": "a", "output": "b"}', "expected messages"),
+        ('{"text": "a", "prompt": "a", "completion": "b"}', "fits more than one form: prompt/completion and text"),
+        ('{"prompt": "a", "completion": " "}', "completion is empty: there would be nothing to learn"),
+        ('{"prompt": 1, "completion": ["b"]}', "prompt and completion: expected a text"),
+        ('{"instruction": "a", "input": 0, "output": "b"}', "input: expected a text"),
+        ('{"text": " "}', "text has to be a text, and not an empty one"),
+        ('{"text": ["a"]}', "text has to be a text, and not an empty one"),
         ('{"messages": []}', 'expected {"messages": ['),
         ('{"messages": "a"}', 'expected {"messages": ['),
         ('{"messages": ["a"]}', "every message needs a role out of system, user, assistant"),
@@ -215,19 +123,21 @@ def test_only_a_line_feed_ends_a_line(character: str, tmp_path: Path) -> None:
             r'{"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}]}',
             "every message",
         ),
+        (line(("assistant", "a"), ("user", "b"), ("assistant", "c")), "the assistant speaks first"),
         (line(("user", "a")), "nothing that the assistant says"),
         (line(("user", "a"), ("assistant", " \n")), "nothing that the assistant says"),
     ],
 )
 def test_a_bad_line_is_named(bad: str, said: str, tmp_path: Path) -> None:
-    (problem,) = problems(write(tmp_path, f"{GOOD}\n\n{bad}\n{GOOD}\n"))
+    listed = problems(write(tmp_path, f"{GOOD}\n\n{bad}\n{GOOD}\n"))
+    (problem,) = [each for each in listed if not each.startswith("the lines are of more than one form")]
     assert problem.startswith(f"line 3: {said}")
 
 
 def test_all_bad_lines_are_listed(tmp_path: Path) -> None:
     user_only = line(("user", "a"))
-    listed = problems(write(tmp_path, f"{user_only}\n{GOOD}\n[]\n{GOOD}\n{user_only}\n"))
-    assert [each.partition(":")[0] for each in listed] == ["line 1", "line 3", "line 5"]
+    listed = problems(write(tmp_path, f"{user_only}\n{GOOD}\n[]\n{{\n{user_only}\n".encode() + b"\xff\n"))
+    assert [each.partition(":")[0] for each in listed] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
 
 
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
@@ -239,25 +149,31 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "\n\n", "  \n"])
 def test_an_empty_file(content: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"talks\.jsonl is empty"):
-        read_conversations(write(tmp_path, content))
+        read_examples(write(tmp_path, content))
 
 
 def test_another_encoding_is_said(tmp_path: Path) -> None:
     """Shift-JIS is still common in Japan."""
     path = write(tmp_path, f"{GOOD}\n{line(('user', '会話'), ('assistant', 'はい'))}\n".encode("shift-jis"))
     with pytest.raises(DataError, match="UTF-8") as refused:
-        read_conversations(path)
+        read_examples(path)
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("template", [CHATML, WITH_BOS, WITH_SYSTEM], ids=["chatml", "bos", "system"])
-def test_a_conversation_that_the_assistant_begins(template: str, tokenizer: Any, tmp_path: Path) -> None:
-    """Refused as data or learned as it is; transformers renders no empty conversation, so nothing stands before."""
-    path = write(tmp_path, line(("assistant", "Welcome!"), ("user", "Hello?"), ("assistant", "Good morning.")))
-    try:
-        (talk,) = read_conversations(path)
-        sample = encode_conversation(with_template(tokenizer, template), talk, max_length=100)
-    except DataError as error:
-        assert "assistant" in str(error)
-    else:
-        assert learned(tokenizer, sample.labels) == ["Welcome!<|im_end|>", "Good morning.<|im_end|>"]
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_said_to_be_one(form: str, tmp_path: Path) -> None:
+    """Or the error would keep a form from those who look for it."""
+    (problem,) = problems(write(tmp_path, "{}"))
+    assert all(key in problem for key in FORMS[form])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "tool_calls"])
+def test_what_templates_pass_over_is_refused(key: str, tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "Four.", key: "Two and two."}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}, said]}) + "\n")
+    with pytest.raises(DataError, match=f"line 1: {key} would be lost"):
+        read_examples(path)
+    said[key] = None
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}, said]}) + "\n")
+    assert len(read_examples(path)) == 1

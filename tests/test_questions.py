@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lib.dataset import DataError, read_conversations
+from lib.dataset import DataError, read_examples
 from lib.questions import Question, read_questions
 
 
@@ -35,7 +35,7 @@ def test_bad_lines_are_all_listed(tmp_path: Path) -> None:
 
 
 def test_the_demos_questions_are_held_out_and_do_not_give_the_answer_away() -> None:
-    conversations = read_conversations(ROOT / "data/demo.jsonl")
+    conversations = [example.messages or [] for example in read_examples(ROOT / "data/demo.jsonl")]
     questions = read_questions(ROOT / "data/demo.eval.jsonl")
     asked = {message["content"].strip() for each in conversations for message in each if message["role"] == "user"}
     assert 60 <= len(conversations) <= 100

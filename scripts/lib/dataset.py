@@ -1,7 +1,8 @@
-"""Training conversations: reading and checking them, and turning them into token ids and labels."""
+"""Training data: reading JSONL, recognising which form it has, and finding everything that is wrong with it."""
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,18 @@ from typing import Any
 from lib.errors import ModelmillError
 
 ROLES = ("system", "user", "assistant")
-IGNORED = -100  # the label that torch's cross entropy leaves out
+# Each form by its name, and the keys that make a line one of it.
+FORMS = {
+    "messages": ("messages",),
+    "prompt/completion": ("prompt", "completion"),
+    "question/answer": ("question", "answer"),
+    "instruction/output": ("instruction", "output"),
+    "text": ("text",),
+}
+KEYS = "messages, prompt and completion, question and answer, instruction and output (input if there is any), or text"
 MOST_LISTED = 20
+# Keys of other formats that most chat templates pass over in silence.
+NOT_RENDERED = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
 Messages = list[dict[str, str]]
 
@@ -21,12 +32,40 @@ class DataError(ModelmillError):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One conversation as the model sees it; labels are IGNORED wherever the assistant does not speak."""
+class Example:
+    """One line of training data: either a conversation or plain text; the other of the two is None."""
 
-    input_ids: list[int]
-    labels: list[int]
-    cut: int
+    line: int
+    messages: Messages | None = None
+    text: str | None = None
+
+
+def read_examples(path: Path) -> list[Example]:
+    """
+    Read training data, each line {"messages": [{"role", "content"}, …]} or of another of the FORMS.
+
+    All forms but `text` become messages. Keys that belong to no form are passed over, and one whose value
+    is null counts as not there.
+
+    Raises:
+        DataError: listing every bad line with its number, and if the lines are not all of one form, the
+            forms; or if there is no line at all.
+    """
+    values, problems = _parse(path)
+    examples, first_lines = [], {}
+    for number, value in values:
+        try:
+            form = _recognise(value)
+            first_lines.setdefault(form, number)
+            examples.append(_as_example(number, form, value))
+        except DataError as error:
+            problems.append((number, str(error)))
+    listed = [f"line {number}: {problem}" for number, problem in sorted(problems)]
+    if len(first_lines) > 1:
+        forms = ", ".join(f"{form} (first in line {number})" for form, number in first_lines.items())
+        listed.insert(0, f"the lines are of more than one form: {forms}; give the file one of them")
+    refuse(path, listed)
+    return examples
 
 
 def read_jsonl(path: Path) -> list[tuple[int, Any]]:
@@ -36,109 +75,98 @@ def read_jsonl(path: Path) -> list[tuple[int, Any]]:
     Raises:
         DataError: listing every line that is no JSON, or if there is no line at all.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {number}: no UTF-8; save the file in that encoding") from error
-    values, problems = [], []
-    # Not `splitlines`, which also splits at U+2028, U+2029 and U+0085; JSON may hold these as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                values.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                problems.append(f"line {number}: no JSON: {error.msg} at column {error.colno}")
-    refuse(path, problems)
-    if not values:
-        raise DataError(f"{path} is empty: it holds no line of data")
+    values, problems = _parse(path)
+    refuse(path, [f"line {number}: {problem}" for number, problem in problems])
     return values
 
 
 def refuse(path: Path, problems: list[str]) -> None:
     """Raise a DataError that lists the problems found in a file, if there are any."""
     if problems:
-        more = [f"  and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
-        raise DataError("\n".join([f"{path}:", *(f"  {problem}" for problem in problems[:MOST_LISTED]), *more]))
+        raise DataError(listing(f"{path}:", problems))
 
 
-def read_conversations(path: Path) -> list[Messages]:
-    """
-    Read conversations, one {"messages": [{"role", "content"}, …]} a line.
-
-    Raises:
-        DataError: listing every bad line with its number.
-    """
-    conversations, problems = [], []
-    for number, value in read_jsonl(path):
-        problem = _conversation_problem(value)
-        if problem:
-            problems.append(f"line {number}: {problem}")
-        else:
-            conversations.append(value["messages"])
-    refuse(path, problems)
-    return conversations
+def listing(title: str, problems: list[str]) -> str:
+    """A message that lists problems below a title, MOST_LISTED of them at most."""
+    more = [f"  and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
+    return "\n".join([title, *(f"  {problem}" for problem in problems[:MOST_LISTED]), *more])
 
 
-def _conversation_problem(value: Any) -> str | None:
-    messages = value.get("messages") if isinstance(value, dict) else None
+def _parse(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, str]]]:
+    """The values of a file's lines and what is wrong with the other lines, both with line numbers."""
+    values, problems = [], []
+    # Windows' editors put a byte order mark first. The lines are not found by `splitlines`, which also splits
+    # at U+2028, U+2029 and U+0085; JSON may hold these as they are.
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values.append((number, json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError:
+            problems.append((number, "no UTF-8; save the file in that encoding"))
+        except json.JSONDecodeError as error:
+            problems.append((number, f"no JSON: {error.msg} at column {error.colno}"))
+        except (ValueError, RecursionError) as error:
+            problems.append((number, f"no JSON that can be read: {error}"))
+    if not values and not problems:
+        raise DataError(f"{path} is empty: it holds no line of data")
+    return values, problems
+
+
+def _recognise(value: Any) -> str:
+    """The form of a line's value."""
+    if not isinstance(value, dict):
+        raise DataError(f"expected an object with {KEYS}")
+    given = {key for key, content in value.items() if content is not None}
+    fitting = [form for form, keys in FORMS.items() if given.issuperset(keys)]
+    if not fitting:
+        found = ", ".join(repr(key) for key in sorted(given)[:6]) or "none of them"
+        raise DataError(f"expected {KEYS}; found {found}")
+    if len(fitting) > 1:
+        raise DataError(f"fits more than one form: {' and '.join(fitting)}; take the keys of all but one out")
+    return fitting[0]
+
+
+def _as_example(number: int, form: str, value: dict[str, Any]) -> Example:
+    if form == "messages":
+        return Example(number, messages=_checked_messages(value["messages"]))
+    if form == "text":
+        if not _is_text(value["text"]) or not value["text"].strip():
+            raise DataError("text has to be a text, and not an empty one")
+        return Example(number, text=value["text"])
+    asked, answer = FORMS[form]
+    keys = [asked, answer]
+    if form == "instruction/output" and value.get("input") not in (None, ""):
+        keys.insert(1, "input")
+    wrong = [key for key in keys if not _is_text(value[key])]
+    if wrong:
+        raise DataError(f"{' and '.join(wrong)}: expected a text")
+    if not value[answer].strip():
+        raise DataError(f"{answer} is empty: there would be nothing to learn")
+    question = "\n\n".join(value[key] for key in keys[:-1] if value[key].strip())
+    return Example(
+        number, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": value[answer]}]
+    )
+
+
+def _checked_messages(messages: Any) -> Messages:
     if not isinstance(messages, list) or not messages:
-        return 'expected {"messages": [{"role": …, "content": …}, …]}'
+        raise DataError('expected {"messages": [{"role": …, "content": …}, …]}')
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"every message needs a role out of {', '.join(ROLES)}"
-        content = message.get("content")
-        if not isinstance(content, str) or any("\ud800" <= each <= "\udfff" for each in content):
-            return "every message needs a text as its content"
+            raise DataError(f"every message needs a role out of {', '.join(ROLES)}")
+        if not _is_text(message.get("content")):
+            raise DataError("every message needs a text as its content")
+        if lost := [key for key in NOT_RENDERED if message.get(key)]:
+            raise DataError(f"{lost[0]} would be lost: write reasoning into content, as <think>…</think>")
     if messages[0]["role"] == "assistant":
-        return "the assistant speaks first; begin with what it answers"
+        raise DataError("the assistant speaks first; begin with what it answers")
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return "nothing that the assistant says: there would be nothing to learn"
-    return None
+        raise DataError("nothing that the assistant says: there would be nothing to learn")
+    return messages
 
 
-def encode_conversation(tokenizer: Any, messages: Messages, *, max_length: int) -> Sample:
-    """
-    Render with the tokenizer's own chat template and label what the assistant says, end marks included.
-
-    The template is rendered to text and encoded without special tokens: the template already holds them,
-    and encoding with them would double BOS.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers with a chat template.
-        max_length: in tokens; what is beyond is cut.
-
-    Raises:
-        DataError: the template renders a turn differently once others follow it.
-    """
-    text = _render(tokenizer, messages)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: turn + 1])
-            if not text.startswith(after) or not after.startswith(before):
-                raise DataError(
-                    f"the chat template changes turn {turn + 1} once others follow: {message['content'][:60]!r}"
-                )
-            if message["content"].strip() not in after[len(before) :]:
-                raise DataError(f"the chat template drops part of turn {turn + 1}: {message['content'][:60]!r}")
-            spans.append((len(before), len(after.rstrip())))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(start <= offset[0] < end for start, end in spans) else IGNORED
-        for token, offset in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    cut = max(0, len(labels) - max_length)
-    return Sample(encoded["input_ids"][:max_length], labels[:max_length], cut)
-
-
-def _render(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise DataError(
-            f"the chat template refuses a conversation: {error}: {messages[-1]['content'][:60]!r}"
-        ) from error
+def _is_text(value: Any) -> bool:
+    """Whether it is a string without half surrogate pairs, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
