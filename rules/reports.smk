@@ -1,5 +1,43 @@
-# In: finished models. Out: reports/{model}.*, what they can do.
+# In: trained adapters, finished models. Out: reports/{model}.*, how training went and what the models can do.
 ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
+
+
+rule report_training:
+    """Sum up a training run and draw its curves, from the record that it left."""
+    input:
+        adapter="adapters/{model}/MANIFEST.json",
+    output:
+        report="reports/{model}.training.json",
+        picture="reports/{model}.training.png",
+    log:
+        "logs/{model}/report_training.log",
+    benchmark:
+        "logs/{model}/report_training.jsonl"
+    wildcard_constraints:
+        model="|".join(TRAINED) or "(?!)",
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("report_training.py"),
+        code=code_digest("report_training.py"),
+        # No input: it is no output of any rule. The manifest tells when there is another one.
+        history=lambda wildcards, input: f"work/{wildcards.model}/training.json",
+    shell:
+        "{params.python} {params.script:q}"
+        " --history {params.history:q}"
+        " --adapter adapters/{wildcards.model}"
+        " --title {wildcards.model}"
+        " --output {output.report:q}"
+        " --picture {output.picture:q}"
+        " --log {log:q}"
 
 
 rule check_questions:
