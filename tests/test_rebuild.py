@@ -13,6 +13,7 @@ import pytest
 import tiny
 import yaml
 from conftest import ROOT, copy_built, planned_rules, run_snakemake, write_project
+from tiny_adapter import CONFIG, WEIGHTS, write_constants
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,7 @@ QUANTIZED = {("quantize_gguf", "models/tiny.q4_k_m.gguf"), *MODELFILE, *SMOKE}
 CONVERTED = {("convert_gguf", "models/tiny.f16.gguf"), *QUANTIZED}
 MERGED = {("merge_adapter", "models/tiny/merged/MANIFEST.json"), *CONVERTED}
 TRAINED = {("train_adapter", "adapters/tiny/MANIFEST.json"), *MERGED}
+IMPORTED = {("import_adapter", "adapters/tiny/MANIFEST.json"), *MERGED}
 CHECKED = {("check_data", "work/tiny/data.json"), *TRAINED}
 BASE_QUANTIZED = {("quantize_gguf", "models/tiny.base.q4_k_m.gguf"), *SMOKE}
 BASE_CONVERTED = {("convert_gguf", "models/tiny.base.f16.gguf"), *BASE_QUANTIZED}
@@ -195,18 +197,99 @@ def test_edit_reruns_exactly(edited: str, recorded: Path, tmp_path: Path) -> Non
     assert plan(project, checkout, *targets) == expected
 
 
-def test_revision_of_a_hub_base_reruns_its_chain(tmp_path: Path, tiny_base: Path) -> None:
-    """Snakemake's own --touch takes files as built; so no download is needed for this row."""
-    project = write_project(tmp_path / "project", base=tiny_base)
-    hub = {**ANOTHER, "adapter": {"train": tiny.TRAIN}, "smoke": {"questions": "ask.jsonl"}}
-    set_in_config("models", "tiny", value=hub)(project, project)
-    outputs = [output for _, output in FETCHED | CHECKED | ASKED] + ["work/llama_cpp.json"]
+def record_as_built(project: Path, jobs: set[tuple[str, str]]) -> None:
+    """Put something in the place of each job's outputs, and let Snakemake's own --touch take it for built."""
+    outputs = [output for _, output in jobs] + ["work/llama_cpp.json"]
     outputs += [f"{output}.json" for output in outputs if output.endswith(".gguf")]
     outputs += ["adapters/tiny/adapter_model.safetensors", "adapters/tiny/adapter_config.json"]
     for name in outputs:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("{}")
-    assert run_snakemake(project, "-j1", "--touch", "--forceall", *TARGETS).returncode == 0
+    touched = run_snakemake(project, "-j1", "--touch", "--forceall", *TARGETS)
+    assert touched.returncode == 0, touched.stderr
     assert plan(project, ROOT, *TARGETS) == set()
+
+
+def test_revision_of_a_hub_base_reruns_its_chain(tmp_path: Path, tiny_base: Path) -> None:
+    """Snakemake's own --touch takes files as built; so no download is needed for this row."""
+    project = write_project(tmp_path / "project", base=tiny_base)
+    hub = {**ANOTHER, "adapter": {"train": tiny.TRAIN}, "smoke": {"questions": "ask.jsonl"}}
+    set_in_config("models", "tiny", value=hub)(project, project)
+    record_as_built(project, FETCHED | CHECKED | ASKED)
     set_in_config("models", "tiny", "base", "revision", value="v2")(project, project)
     assert plan(project, ROOT, *TARGETS) == FETCHED
+
+
+@pytest.fixture(scope="module")
+def recorded_import(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A project that takes the newest of two adapters, `runs/b`, recorded as built."""
+    project = write_project(tmp_path_factory.mktemp("import") / "project", base=tiny_base)
+    write_constants(project / "runs/a", written=1_700_000_000)
+    write_constants(project / "runs/b", written=1_700_000_001)
+    set_in_config("models", "tiny", "adapter", value={"latest_in": "runs"})(project, project)
+    record_as_built(project, (FETCHED - TRAINED) | IMPORTED | ASKED)
+    return project
+
+
+@pytest.fixture
+def imported(recorded_import: Path, tmp_path: Path) -> Path:
+    """A copy of it, times included, to be edited."""
+    return shutil.copytree(recorded_import, tmp_path / "project")
+
+
+def new_adapter(name: str, *lost: str) -> Callable[[Path, Path], None]:
+    """An edit: an adapter written now, some of its files yet to come."""
+
+    def edit(project: Path, checkout: Path) -> None:
+        write_constants(project / "runs" / name)
+        for file in lost:
+            (project / "runs" / name / file).unlink()
+
+    return edit
+
+
+def remove_the_newest_adapter(project: Path, checkout: Path) -> None:
+    shutil.rmtree(project / "runs/b")
+
+
+def touch_the_newest_adapter(project: Path, checkout: Path) -> None:
+    for path in (project / "runs/b").iterdir():
+        os.utime(path)
+
+
+def change_the_older_adapter(project: Path, checkout: Path) -> None:
+    write_constants(project / "runs/a", value=2.0, written=1_700_000_000)
+
+
+IMPORT_TABLE = {
+    "another adapter becomes the newest": (new_adapter("c"), IMPORTED),
+    "the newest adapter is gone": (remove_the_newest_adapter, IMPORTED),
+    "a newer one without its config yet": (new_adapter("c", CONFIG), set()),
+    "a newer one without its weights yet": (new_adapter("c", WEIGHTS), set()),
+    "a newer one in a hidden folder": (new_adapter(".c.partial"), set()),
+    "the older one's weights": (change_the_older_adapter, set()),
+    "the newest one's time": (touch_the_newest_adapter, set()),
+    "the same bytes written again": (new_adapter("b"), set()),
+    "the newest one's weights": (lambda project, _: write_constants(project / "runs/b", value=2.0), IMPORTED),
+    "the newest one's config": (lambda project, _: write_constants(project / "runs/b", lora_alpha=8), IMPORTED),
+    "the same adapter by its path": (set_in_config("models", "tiny", "adapter", value={"path": "runs/b"}), set()),
+    "another adapter by its path": (set_in_config("models", "tiny", "adapter", value={"path": "runs/a"}), IMPORTED),
+    "training instead": (set_in_config("models", "tiny", "adapter", value={"train": tiny.TRAIN}), CHECKED),
+}
+
+
+@pytest.mark.parametrize("edited", IMPORT_TABLE)
+def test_edit_of_an_imported_adapter_reruns_exactly(edited: str, imported: Path) -> None:
+    edit, expected = IMPORT_TABLE[edited]
+    edit(imported, ROOT)
+    assert plan(imported, ROOT, *TARGETS) == expected
+
+
+def test_a_link_to_another_older_adapter_is_noticed(imported: Path) -> None:
+    (imported / "chosen").symlink_to("runs/b")
+    set_in_config("models", "tiny", "adapter", value={"path": "chosen"})(imported, ROOT)
+    assert run_snakemake(imported, "-j1", "--touch", "--forceall", *TARGETS).returncode == 0
+    assert plan(imported, ROOT, *TARGETS) == set()
+    (imported / "chosen").unlink()
+    (imported / "chosen").symlink_to("runs/a")
+    assert plan(imported, ROOT, *TARGETS) == IMPORTED

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tiny import SHAPE
+from tiny_adapter import write_constants
 
 from lib.spec import Project, resolve_project
 from lib.targets import explain_target, final_files, wrong_targets
@@ -22,6 +23,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("talks.jsonl", "asked.jsonl", "models/own.gguf", "adapters/talks.jsonl", "reports/asked.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
+    write_constants(tmp_path / "adapters" / "run7")
+    write_constants(tmp_path / "models" / "runs" / "b")
     (tmp_path / "bases" / "mine").mkdir(parents=True)
     (tmp_path / "bases" / "mine" / "config.json").write_text(json.dumps(SHAPE))
     return tmp_path
@@ -33,12 +36,13 @@ def project_of(**models: dict[str, Any]) -> Project:
 
 @pytest.fixture
 def project(workplace: Path) -> Project:
-    """A model with everything, one without an adapter, and one that is trained but never asked."""
+    """A model with everything, one without an adapter, one that is trained but never asked, one that is imported."""
     train = {"train": {"data": "talks.jsonl"}}
     return project_of(
         tuned={"base": HUB, "adapter": train, "smoke": {"questions": "asked.jsonl"}},
         plain={"base": HUB, "quantize": {"types": ["q8_0", "f16"]}, "smoke": {"questions": "asked.jsonl"}},
         silent={"base": HUB, "adapter": train, "merge": {"dtype": "bfloat16"}},
+        taken={"base": HUB, "adapter": {"path": "adapters/run7"}, "smoke": {"questions": "asked.jsonl"}},
     )
 
 
@@ -55,6 +59,8 @@ def test_final_files(project: Project) -> None:
         "models/plain.Modelfile",
         "models/silent.q4_k_m.gguf",
         "models/silent.Modelfile",
+        "models/taken.q4_k_m.gguf",
+        "models/taken.Modelfile",
     ]
     assert not any(is_wrong(file, project) for file in final_files(project))
 
@@ -67,6 +73,7 @@ def test_final_files(project: Project) -> None:
         "adapters/tuned/MANIFEST.json",
         "adapters/tuned/adapter_model.safetensors",
         "adapters/silent/adapter_config.json",
+        "adapters/taken/adapter_model.safetensors",
         "models/tuned/merged/MANIFEST.json",
         "models/plain/merged",
         "models/tuned.f16.gguf",
@@ -80,6 +87,7 @@ def test_final_files(project: Project) -> None:
         "models/tuned.q6_k.Modelfile",
         "models/tuned.bf16.Modelfile",
         "reports/tuned.smoke.json",
+        "reports/taken.smoke.json",
         # Outside our folders: other rules', the user's, Snakemake's.
         "logs/tuned/merge_adapter.log",
         "work/tuned/data.json",
@@ -94,8 +102,11 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("models/tunned.q4_k_m.gguf", ["unknown model 'tunned'", "did you mean 'tuned'?", "plain, silent, tuned"]),
-        ("models/other.Modelfile", ["unknown model 'other'", "plain, silent, tuned"]),
+        (
+            "models/tunned.q4_k_m.gguf",
+            ["unknown model 'tunned'", "did you mean 'tuned'?", "plain, silent, taken, tuned"],
+        ),
+        ("models/other.Modelfile", ["unknown model 'other'", "plain, silent, taken, tuned"]),
         ("bases/other/MANIFEST.json", ["unknown model 'other'"]),
         ("reports/tuned-v2.smoke.json", ["unknown model 'tuned-v2'", "did you mean 'tuned'?"]),
         ("models/tuned.q4km.gguf", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
@@ -146,6 +157,8 @@ def test_the_users_own_checkpoint_is_no_wrong_target(base: str, workplace: Path)
         ({"base": {"gguf": "models/own.gguf", "shape": SHAPE}}, "models/own.gguf"),
         ({"base": HUB, "adapter": {"train": {"data": "adapters/talks.jsonl"}}}, "adapters/talks.jsonl"),
         ({"base": HUB, "smoke": {"questions": "reports/asked.jsonl"}}, "reports/asked.jsonl"),
+        ({"base": HUB, "adapter": {"path": "adapters/run7"}}, "adapters/run7/adapter_model.safetensors"),
+        ({"base": HUB, "adapter": {"latest_in": "./models//runs/"}}, "models/runs/b/adapter_config.json"),
     ],
 )
 def test_no_input_of_the_users_is_a_wrong_target(model: dict[str, Any], file: str, workplace: Path) -> None:

@@ -103,7 +103,7 @@ def _own_files(folder: Path) -> set[str]:
     """The files that were written here by us: those of the manifest, unless it lists a base used in place."""
     try:
         manifest = read_json(folder / NAME)
-        in_place = (manifest["origin"] or {}).get("kind") == "path"
+        in_place = manifest["artifact"] == "base" and (manifest["origin"] or {}).get("kind") == "path"
         return {*ALSO_OURS, *({} if in_place else manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set(ALSO_OURS)

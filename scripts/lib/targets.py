@@ -12,6 +12,7 @@ from lib.spec import Model, Project
 
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
 HEATMAP_ENDINGS = (".onnx", ".eval.json")
+TRAINING_ENDINGS = (".training.json", ".training.png")
 
 
 def final_files(project: Project) -> list[str]:
@@ -25,21 +26,23 @@ def final_files(project: Project) -> list[str]:
 
 def wrong_targets(project: Project) -> str:
     """A regular expression for files in our folders that no rule makes and that are no input of the user's."""
-    every, trained, asked = (
+    every, adapted, trained, asked = (
         "|".join(names) or "(?!)"
         for names in (
             project.models,
             [name for name, model in project.models.items() if model.adapter],
+            [name for name, model in project.models.items() if model.adapter and model.adapter.train],
             [name for name, model in project.models.items() if model.adapter and model.smoke],
         )
     )
     types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES])
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
-        rf"adapters/({trained})/(MANIFEST\.json|adapter_model\.safetensors|adapter_config\.json)",
+        rf"adapters/({adapted})/(MANIFEST\.json|adapter_model\.safetensors|adapter_config\.json)",
         rf"models/({every})/merged(/MANIFEST\.json)?",
         rf"models/({every})(\.base)?\.({types})\.gguf(\.json)?",
         rf"models/({every})(\.({types}))?\.Modelfile",
+        rf"reports/({trained})\.training\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
     ]
     own = [pattern for model in project.models.values() for pattern in _users_files(model)]
@@ -48,10 +51,12 @@ def wrong_targets(project: Project) -> str:
 
 def _users_files(model: Model) -> Iterator[str]:
     """Patterns of what the user put there; in the form that Snakemake gives to paths."""
-    files = [model.base.gguf, model.adapter and model.adapter.train.data, model.smoke and model.smoke.questions]
+    train = model.adapter and model.adapter.train
+    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions]
     yield from (re.escape(os.path.normpath(file)) for file in files if file)
-    if model.base.path:
-        yield re.escape(os.path.normpath(model.base.path)) + "/.*"
+    for folder in (model.base.path, model.adapter and model.adapter.path):
+        if folder:
+            yield re.escape(os.path.normpath(folder)) + "/.*"
 
 
 def explain_target(target: str, project: Project) -> str:
@@ -71,6 +76,10 @@ def explain_target(target: str, project: Project) -> str:
         return f"{target}: made for heatmap models only, and {model} is a language model"
     if folder == "adapters" and project.models[model].adapter is None:
         return f"{target}: {model} has no adapter in config.yaml"
+    if rest.endswith(TRAINING_ENDINGS):
+        if project.models[model].adapter is None:
+            return f"{target}: {model} has no adapter in config.yaml, so nothing was trained"
+        return f"{target}: {model}'s adapter was not trained here, so there is no record of its training"
     if rest.endswith(".smoke.json"):
         if project.models[model].adapter is None:
             return f"{target}: {model} has no adapter in config.yaml, so there is nothing to compare with its base"
