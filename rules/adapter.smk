@@ -1,5 +1,6 @@
-# In: a base and conversations. Out: adapters/{model}, a LoRA adapter in peft's format.
-TRAINED = [name for name, model in PROJECT.models.items() if model.adapter]
+# In: a base, and conversations or an adapter that is there already. Out: adapters/{model}, a LoRA in peft's format.
+TRAINED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is not None]
+IMPORTED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is None]
 
 
 rule check_data:
@@ -64,10 +65,60 @@ rule train_adapter:
         code=code_digest("train_adapter.py"),
         base=base_folder,
         settings=lambda w: as_options(spec(w.model).adapter.train),
+        gpus=planned_gpus,
+        reason=method_reason,
     shell:
         "{params.python} {params.script:q}"
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " {params.settings}"
+        " --gpus={params.gpus:q}"
+        " --method-reason={params.reason:q}"
+        " --checkpoints work/{wildcards.model}/checkpoints"
+        " --tensorboard reports/{wildcards.model}.tensorboard"
+        " --history work/{wildcards.model}/training.json"
+        " --output adapters/{wildcards.model}"
+        " --log {log:q}"
+
+
+rule import_adapter:
+    """Take an adapter that is there already, once it fits the base."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        weights=lambda w: f"{spec(w.model).adapter.path}/adapter_model.safetensors",
+        config=lambda w: f"{spec(w.model).adapter.path}/adapter_config.json",
+    output:
+        # `update`: the earlier adapter stays when the new one does not fit.
+        manifest=update("adapters/{model}/MANIFEST.json"),
+        weights=update("adapters/{model}/adapter_model.safetensors"),
+        config=update("adapters/{model}/adapter_config.json"),
+    log:
+        "logs/{model}/import_adapter.log",
+    benchmark:
+        "logs/{model}/import_adapter.jsonl"
+    wildcard_constraints:
+        model="|".join(IMPORTED) or "(?!)",
+    conda:
+        "../envs/train.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda w: estimate.import_needs(spec(w.model)).mem_mb,
+        disk_mb=lambda w: estimate.import_needs(spec(w.model)).disk_mb,
+        runtime=lambda w: estimate.import_needs(spec(w.model)).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("import_adapter.py"),
+        code=code_digest("import_adapter.py"),
+        base=base_folder,
+        adapter=adapter_folder,
+        # A link that now leads to another, older adapter changes no time that Snakemake looks at.
+        name=lambda w: os.path.basename(os.path.realpath(spec(w.model).adapter.path)),
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " --adapter {params.adapter:q}"
         " --output adapters/{wildcards.model}"
         " --log {log:q}"

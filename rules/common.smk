@@ -18,13 +18,19 @@ from lib import estimate
 from lib.errors import ModelmillError
 from lib.options import as_options
 from lib.quant_types import BUILDABLE_TYPES, SOURCE_TYPES
-from lib.spec import resolve_project
+from lib.spec import resolve_project, resolved_methods
 from lib.targets import explain_target, final_files, wrong_targets
 
 try:
     PROJECT = resolve_project(config)
 except ModelmillError as error:
     raise WorkflowError(str(error)) from None
+
+
+# Said in the plan; a job's own log says it as well.
+if workflow.output_settings.dryrun:
+    for line in resolved_methods(PROJECT):
+        print(line, file=sys.stderr)
 
 
 wildcard_constraints:
@@ -69,6 +75,25 @@ def script(name):
 def base_folder(wildcards, input):
     """Where the base's files are; no recorded parameter either: its manifest tells when it is another base."""
     return spec(wildcards.model).base.path or f"bases/{wildcards.model}"
+
+
+def planned_gpus(wildcards, input):
+    """
+    GiB of each card that the training takes.
+
+    No recorded parameter, like `method_reason`: what follows from the cards for the result is in the settings.
+    """
+    cards = estimate.train_needs(spec(wildcards.model), PROJECT.hardware).gpu
+    return ",".join(f"{size:g}" for size in PROJECT.hardware.gpus[:cards])
+
+
+def method_reason(wildcards, input):
+    return spec(wildcards.model).adapter.train.method_reason
+
+
+def adapter_folder(wildcards, input):
+    """Where the adapter is that is taken; no recorded parameter, since its files are recorded as inputs."""
+    return spec(wildcards.model).adapter.path
 
 
 def checkpoint_folder(wildcards, input):

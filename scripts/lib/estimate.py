@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from lib.quant_types import BITS_PER_WEIGHT
 from lib.spec import Hardware, Model, Shape
 
@@ -72,16 +74,18 @@ def fetch_needs(model: Model) -> Needs:
 
 def train_needs(model: Model, hardware: Hardware) -> Needs:
     """Weights as the method holds them, the adapter with its optimizer, activations and logits of one batch."""
-    if model.adapter is None:
+    if model.adapter is None or model.adapter.train is None:
         return small_needs()
     train, shape = model.adapter.train, shape_of(model)
-    held = {"float32": 4, "bfloat16": 2, "float16": 2}[train.dtype]
+    held = {"fp32": 4, "bf16": 2, "fp16": 2}[train.precision]
     embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
     # NF4 with double quantization: 4.127 bits a weight (Dettmers et al. 2023); embeddings are not quantized.
-    weights = embeddings * held + (shape.parameters - embeddings) * (0.52 if train.method == "qlora" else held)
+    linear = {"qlora": 0.52, "int8": 1.01}.get(train.method, held)
+    weights = embeddings * held + (shape.parameters - embeddings) * linear
     adapter = 16 * lora_parameters(shape, train.lora.r)  # float32 weight, gradient, two moments
     tokens = train.per_device_train_batch_size * train.max_length
-    logits = tokens * shape.vocab_size * (held + 8)  # as computed, in float32, and their gradient
+    # As computed, in float32, and their gradient; lib.token_loss has no more than this at a time.
+    logits = min(tokens * shape.vocab_size, 1 << 26) * (held + 8)
     kept = 1 if train.gradient_checkpointing else shape.num_hidden_layers
     activations = tokens * held * (10 * shape.hidden_size + 3 * shape.intermediate_size) * kept
     activations += tokens * held * shape.hidden_size * shape.num_hidden_layers
@@ -103,7 +107,7 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
 
 def merge_needs(model: Model) -> Needs:
     """A few blocks of rows, whatever the model's size."""
-    size = weight_bytes(model, "f16")
+    size = weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16")
     return Needs(mem_mb=_mb(1.5e9), disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
 
 
@@ -135,6 +139,14 @@ def build_needs() -> Needs:
 def small_needs() -> Needs:
     """A step that reads headers and writes text."""
     return Needs(mem_mb=500, disk_mb=1, runtime=5)
+
+
+def import_needs(model: Model) -> Needs:
+    """An adapter is there already, so its size is known; its weights are copied and hashed in blocks."""
+    if model.adapter is None or model.adapter.path is None:
+        return small_needs()
+    size = Path(model.adapter.path, ADAPTER_WEIGHTS).stat().st_size
+    return Needs(mem_mb=small_needs().mem_mb, disk_mb=_mb(size) + 1, runtime=_minutes(size / MERGE_BYTES))
 
 
 def _mb(size: float) -> int:

@@ -36,6 +36,23 @@ class _WithinLimits(argparse.Action):
         setattr(namespace, self.dest, with_defaults(value, self.rules))
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """Take --name or --no-name, if the schema allows it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, rules: dict[str, Any], **shared: Any) -> None:
+        super().__init__(option_strings, dest, **shared)
+        self.rules = rules
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        """
+        Raises:
+            argparse.ArgumentError: see _WithinLimits.
+        """
+        super().__call__(parser, namespace, value, option)
+        if mistakes := mistakes_in(getattr(namespace, self.dest), self.rules):
+            raise argparse.ArgumentError(self, "; ".join(mistakes))
+
+
 def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tuple[str, ...] = ()) -> None:
     """Add an option for each setting of a section of the schema, as in "train"; nested ones get a group."""
     for name, rule in definition(section)["properties"].items():
@@ -49,22 +66,27 @@ def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tupl
 
 
 def _add_setting(parser: Any, name: str, rule: dict[str, Any], *, required: bool) -> None:
+    if rule.get("type") == "object":
+        add_json_setting(parser, name, rule)
+        return
     kind = rule.get("type", "string")
     kind = next(each for each in kind if each != "null") if isinstance(kind, list) else kind
     shared = {"default": rule.get("default"), "help": rule["description"].replace("%", "%%"), "required": required}
+    shared["rules"] = rule
     if kind == "boolean":
-        parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, **shared)
+        parser.add_argument(option_name(name), action=_Switch, **shared)
         return
-    shared |= {"action": _WithinLimits, "rules": rule}
+    shared["action"] = _WithinLimits
     if kind == "array":
         parser.add_argument(option_name(name), nargs="*", metavar="NAME", **shared)
     elif "enum" in rule:
-        parser.add_argument(option_name(name), choices=rule["enum"], **shared)
+        choices = [value for value in rule["enum"] if value is not None]
+        parser.add_argument(option_name(name), choices=choices, **shared)
     else:
         parser.add_argument(option_name(name), type=TYPES[kind], metavar=kind.upper(), **shared)
 
 
-def add_json_setting(parser: argparse.ArgumentParser, name: str, rules: dict[str, Any]) -> None:
+def add_json_setting(parser: Any, name: str, rules: dict[str, Any]) -> None:
     """Add an option that takes a whole mapping of the schema as JSON."""
     parser.add_argument(
         option_name(name),
@@ -98,13 +120,19 @@ def settings_from(arguments: argparse.Namespace, section: str) -> dict[str, Any]
 
 def as_options(section: Any) -> str:
     """A resolved section of the config as command-line options, quoted for the shell."""
-    return shlex.join(_words(dataclasses.asdict(section)))
+    return shlex.join(option_words(section))
 
 
-def _words(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _words(value)
+def option_words(section: Any) -> Iterator[str]:
+    """A resolved section of the config as command-line options, word by word."""
+    for field in dataclasses.fields(section):
+        name, value = field.name, getattr(section, field.name)
+        if not field.metadata.get("setting", True):
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from option_words(value)
+        elif isinstance(value, Mapping):
+            yield f"{option_name(name)}={json.dumps(dict(value), sort_keys=True)}"
         elif isinstance(value, bool):
             yield option_name(name if value else f"no_{name}")
         elif isinstance(value, tuple | list):

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.config import check_config, config_error, definition, fill_by_method, suggest, with_defaults
+from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
+from lib.config import check_config, config_error, definition, suggest, with_defaults
 from lib.jsonfile import read_json
 from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.typed import build
 
@@ -82,9 +84,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where the adapter comes from."""
+    """Where the adapter comes from: a training run or a folder; with `latest_in`, `path` is the newest one under it."""
 
-    train: Train
+    train: Train | None
+    path: str | None
+    latest_in: str | None
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Model:
     @property
     def source_type(self) -> str:
         """The 16-bit GGUF type that quantized files are made from."""
-        return {"float16": "f16", "bfloat16": "bf16"}[self.merge.dtype]
+        return {"float16": "f16", "bfloat16": "bf16", "float32": "f16"}[self.merge.dtype]
 
 
 @dataclass(frozen=True)
@@ -163,15 +167,29 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
     check_config(plain)
     filled = with_defaults(plain)
     problems: list[str] = []
+    copies = [Path("adapters", name) for name, model in filled["models"].items() if _is_imported(model["adapter"])]
     for name, model in filled["models"].items():
         _resolve_base(f"models.{name}.base", model["base"], problems)
+        _refuse_empty(f"models.{name}.adapter", plain["models"][name].get("adapter"), problems)
         _resolve_adapter(f"models.{name}.adapter", model, filled["hardware"], problems)
+        if _is_imported(model["adapter"]):
+            _find_adapter(f"models.{name}.adapter", model["adapter"], copies, problems)
         _check_types(f"models.{name}.quantize.types", model["quantize"]["types"], problems)
         if model.get("smoke"):
             _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
     if problems:
         raise config_error(problems)
     return build(Project, filled)
+
+
+def resolved_methods(project: Project) -> list[str]:
+    """What `method: auto` came to, a line per model of which the config leaves it open."""
+    trained = {name: model.adapter.train for name, model in project.models.items() if model.adapter}
+    return [
+        f"{name}: trained by {train.method} in {train.precision} on {train.device} ({train.method_reason})"
+        for name, train in trained.items()
+        if train and train.method_reason.startswith("auto")
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -209,17 +227,46 @@ def _read_shape(path: Path) -> dict[str, Any] | None:
     return None if any(shape[key] is None for key in definition("shape")["required"]) else shape
 
 
+def _refuse_empty(where: str, given: dict[str, Any] | None, problems: list[str]) -> None:
+    """A key with nothing behind it is null, and after the defaults are filled in no longer told from an absent one."""
+    for key in [key for key, value in (given or {}).items() if value is None]:
+        need = "give at least 'data'" if key == "train" else "name a folder"
+        problems.append(f"{where}.{key}: is empty; {need}, or take the section out")
+
+
 def _resolve_adapter(where: str, model: dict[str, Any], hardware: dict[str, Any], problems: list[str]) -> None:
-    if model["adapter"] is None:
+    if model["adapter"] is None or model["adapter"]["train"] is None:
         return
     train = model["adapter"]["train"]
-    if train is None:
-        problems.append(f"{where}.train: is empty; give at least 'data', or take the section out")
+    for key in ("data", "eval_data"):
+        if train[key] is not None:
+            _need_file(f"{where}.train.{key}", train[key], problems)
+    if model["base"]["shape"] is None:
+        return  # a problem already, and the method depends on it
+    try:
+        resolve_method(train, parameters=build(Shape, model["base"]["shape"]).parameters, gpus=hardware["gpus"])
+    except MethodError as error:
+        problems.append(f"{where}.train: {error}")
+
+
+def _is_imported(adapter: dict[str, Any] | None) -> bool:
+    return adapter is not None and (adapter["path"] is not None or adapter["latest_in"] is not None)
+
+
+def _find_adapter(where: str, adapter: dict[str, Any], copies: list[Path], problems: list[str]) -> None:
+    """Check `path`, or set it to the newest adapter under `latest_in`; `copies` is where imported adapters go."""
+    if adapter["latest_in"] is not None:
+        try:
+            adapter["path"] = str(latest_adapter(Path(adapter["latest_in"]), passed_over=copies))
+        except AdapterError as error:
+            problems.append(f"{where}.latest_in: {error}".replace("\n", "\n  "))
         return
-    _need_file(f"{where}.train.data", train["data"], problems)
-    fill_by_method("train", train)
-    if train["device"] == "auto":
-        train["device"] = "cuda" if hardware["gpus"] else "cpu"
+    folder = Path(adapter["path"])
+    adapter["path"] = str(folder)
+    if not {copy.resolve() for copy in copies}.isdisjoint([folder.resolve(), *folder.resolve().parents]):
+        problems.append(f"{where}.path: {folder} is where modelmill copies an adapter to; name the original")
+    elif problem := adapter_problem(folder):
+        problems.append(f"{where}.path: {folder} is no complete adapter: {problem}")
 
 
 def _check_types(where: str, types_asked: list[str], problems: list[str]) -> None:

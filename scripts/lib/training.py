@@ -1,29 +1,46 @@
-"""One training run: load the base as the method says, attach the adapter, let transformers' Trainer work."""
+"""One training run: load the base as the method says, attach the adapter, let the Trainer work."""
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
-import time
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.console import Progress, note, progress, say
-from lib.dataset import IGNORED, DataError, Sample, encode_conversation, read_conversations
-from lib.errors import ModelmillError, first_line
+from lib.adapted_model import build_model, check_packable
+from lib.base_model import check_device, explain_loading, limit_memory
+from lib.checkpoints import newest_checkpoint, step_of
+from lib.console import say
+from lib.dataset import DataError, read_examples
+from lib.samples import Sample, SampleSummary, check_learnable, encode_examples, pack_samples, summarize_samples
 from lib.train_settings import Train
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+
+    from lib.adapter_trainer import AdapterTrainer
 
 
-class TrainingError(ModelmillError):
-    """A training run cannot start or must not go on."""
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes beside its output."""
+
+    base: Path
+    run: Path  # its checkpoints
+    tensorboard: Path | None
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What a run leaves behind."""
+
+    model: PeftModel
+    history: dict[str, Any]
 
 
 def fix_threads(threads: int) -> None:
@@ -37,168 +54,165 @@ def fix_threads(threads: int) -> None:
     # Beside another busy process, threads that spin while they wait take the core from the one waited for:
     # on 2 busy cores a step was seen at 2.8 s with this and at 6.0 s without, though under unlike load.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # For `deterministic` on a GPU; cuBLAS reads it when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(threads)
 
 
-def train_lora(*, base: Path, data: Path, settings: Train, scratch: Path) -> PeftModel:
+def train_lora(*, places: Places, settings: Train, gpus: Sequence[float]) -> TrainedAdapter:
     """
-    Train an adapter.
+    Train an adapter, from the newest checkpoint of the same run if there is one.
 
     Args:
-        base: folder of the base checkpoint.
-        data: JSONL file of conversations.
-        settings: of the run.
-        scratch: folder for what the Trainer writes.
+        places: where the base is, and where checkpoints go.
+        settings: of the run, resolved.
+        gpus: memory of each planned GPU in GiB; the process takes no more of a card.
 
     Returns:
-        The model with its trained adapter.
+        The model with its trained adapter, and the run's history.
 
     Raises:
         DataError: the data cannot be used with this base's chat template.
-        TrainingError: the device is not there, or the base cannot be loaded.
+        BaseModelError, AdapterError: the device is not there, or the base or adapter is not as asked.
+        TrainingError, OutOfMemoryError: the run cannot go on.
+        KeyboardInterrupt: it was stopped, with a checkpoint.
     """
+    import torch
     from transformers import set_seed
 
     _quieten_transformers()
-    samples = encode_samples(base=base, data=data, max_length=settings.max_length)
+    check_device(settings)
+    train, held_out = prepare_samples(places.base, settings)
     set_seed(settings.seed)
-    model = attach_adapter(load_base(base, settings), settings)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"training {trainable:,} weights by {settings.method} on {settings.device}, {settings.threads} threads")
-    _fit(model, samples, settings, scratch)
-    return model
+    torch.use_deterministic_algorithms(settings.deterministic)
+    if settings.device == "cuda":
+        limit_memory(gpus)
+    with ExitStack() as cleanup:
+        model = build_model(places.base, settings, gpus=gpus, cleanup=cleanup)
+        if settings.packing:
+            check_packable(model)
+        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        say(f"training {trainable:,} weights by {settings.method} in {settings.precision} on {settings.device}")
+        trainer = _run(model, train, held_out, settings, places)
+    return TrainedAdapter(model, _history(trainer, settings, train))
 
 
 def _quieten_transformers() -> None:
     """Its own bars are noise where there is no terminal, and its deprecation notices are for us, not for users."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+    # A line for each kind of int8 layer, that its inputs are cast.
+    getLogger("bitsandbytes").setLevel(ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
-def encode_samples(*, base: Path, data: Path, max_length: int) -> list[Sample]:
-    """Read, render and encode the training data; says how much of it was cut."""
+def prepare_samples(base: Path, settings: Train) -> tuple[list[Sample], list[Sample]]:
+    """
+    Read, render and encode the data; says how much of it was cut.
+
+    Returns:
+        Samples to train on, and held-out ones (none if the settings name no held-out data).
+    """
     from transformers import AutoTokenizer
 
-    with _loading("tokenizer", base):
+    with explain_loading("tokenizer", base):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise DataError(f"{base} has no chat template: conversations cannot be rendered for it")
-    samples = [encode_conversation(tokenizer, each, max_length=max_length) for each in read_conversations(data)]
-    cut = [sample for sample in samples if sample.cut]
-    if cut:
-        say(f"{len(cut)} of {len(samples)} conversations are longer than max_length {max_length} and were cut")
-    unlearnable = [i for i, sample in enumerate(samples, start=1) if all(label == IGNORED for label in sample.labels)]
-    if unlearnable:
-        raise DataError(
-            f"{data}: max_length {max_length} cuts all that the assistant says in conversations "
-            f"{unlearnable[:20]}; raise it"
-        )
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    learned = sum(label != IGNORED for sample in samples for label in sample.labels)
-    say(f"{len(samples)} conversations, {tokens} tokens, {learned} of them said by the assistant")
-    return samples
+
+    def encode(path: Path) -> list[Sample]:
+        examples = read_examples(path)
+        samples = encode_examples(tokenizer, examples, max_length=settings.max_length)
+        check_learnable(samples, examples, path, max_length=settings.max_length)
+        _say_counts(path, summarize_samples(samples), settings.max_length)
+        return samples
+
+    train = encode(Path(settings.data))
+    held_out = encode(Path(settings.eval_data)) if settings.eval_data else []
+    if settings.eval_fraction:
+        train, held_out = _hold_out(train, settings)
+    if settings.packing:
+        packed = pack_samples(train, max_length=settings.max_length)
+        say(f"{len(train)} samples packed into {len(packed)} rows")
+        train = packed
+    return train, held_out
 
 
-def load_base(base: Path, settings: Train) -> Any:
-    """Load the base for training, its linear layers in 4 bits for qlora."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("train.device is cuda, but there is no usable GPU; set train.device: cpu")
-    dtype = getattr(torch, settings.dtype)
-    quantization = None
-    if settings.method == "qlora":
-        asked = settings.quantization
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, asked.bnb_4bit_compute_dtype),
-        )
-    with _loading("weights", base):
-        return AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map="auto" if settings.device == "cuda" else {"": "cpu"},
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+def _say_counts(path: Path, counts: SampleSummary, max_length: int) -> None:
+    say(f"{path.name}: {counts.samples} samples, {counts.tokens} tokens, {counts.learned_tokens} of them learned")
+    if counts.cut_samples:
+        say(f"{counts.cut_samples} samples are longer than max_length {max_length}: {counts.cut_tokens} tokens are cut")
 
 
-@contextmanager
-def _loading(what: str, base: Path) -> Iterator[None]:
+def _hold_out(samples: list[Sample], settings: Train) -> tuple[list[Sample], list[Sample]]:
     """
-    Say of a base that transformers refuses which folder it is; the library's own errors seldom do.
+    Draw the held-out share by the seed, at least one sample and not all.
 
-    It checks little itself: a damaged file ends in whatever exception its reading happens to meet, a plain
-    one from the tokenizers library, or a KeyError, TypeError, RuntimeError, SafetensorError and others.
+    Raises:
+        DataError: there is but one sample.
     """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        note(traceback.format_exc())
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise TrainingError(f"{base}: transformers cannot load its {what} ({reason}); check the files there") from error
+    import random
+
+    if len(samples) < 2:
+        raise DataError(f"{settings.data}: eval_fraction has to leave samples to train on, and there is but one")
+    count = min(max(1, round(len(samples) * settings.eval_fraction)), len(samples) - 1)
+    chosen = set(random.Random(settings.seed).sample(range(len(samples)), count))
+    say(f"{count} of {len(samples)} samples are held out")
+    return [each for i, each in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
 
 
-def attach_adapter(model: Any, settings: Train) -> PeftModel:
-    """Freeze the base and put LoRA on the named layers, or on every linear layer but the output head."""
-    from peft import LoraConfig, get_peft_model
+def _run(
+    model: PeftModel, train: list[Sample], held_out: list[Sample], settings: Train, places: Places
+) -> AdapterTrainer:
+    """Train, evaluate and choose the weights that are kept."""
+    from lib.adapter_trainer import AdapterTrainer
+    from lib.training_watch import StopOnSignal, Watcher
 
-    lora = settings.lora
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=sorted(lora.target_modules) or "all-linear",
-        use_rslora=lora.use_rslora,
+    checkpoint = newest_checkpoint(places.run)
+    if checkpoint:
+        say(f"going on from the checkpoint at step {step_of(checkpoint)}")
+    watcher, stop = Watcher(tensorboard=places.tensorboard), StopOnSignal()
+    trainer = AdapterTrainer(
+        settings=settings,
+        pad=model.config.pad_token_id or 0,
+        model=model,
+        args=trainer_arguments(settings, places.run, evaluates=bool(held_out)),
+        train_dataset=train,
+        eval_dataset=held_out or None,
+        callbacks=[watcher, stop],
     )
-    model.config.use_cache = False
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    watcher.trainer = trainer
     try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise TrainingError(f"train.lora: {error}") from error
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            say(f"stopped after step {trainer.state.global_step}; the same command goes on from there")
+            raise KeyboardInterrupt
+        if held_out and not trainer.is_evaluated():
+            trainer.evaluate()
+    finally:
+        watcher.close()
+    if trainer.best:
+        trainer.take_best()
+    return trainer
 
 
-def pad_batch(samples: Sequence[Sample], *, pad: int) -> dict[str, Tensor]:
-    """Stack samples, padded on the right to the longest: input_ids, attention_mask, labels, each (batch, length)."""
-    import torch
-
-    length = max(len(sample.input_ids) for sample in samples)
-
-    def stack(rows: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.long)
-
-    return {
-        "input_ids": stack([sample.input_ids for sample in samples], pad),
-        "attention_mask": stack([[1] * len(sample.input_ids) for sample in samples], 0),
-        "labels": stack([sample.labels for sample in samples], IGNORED),
-    }
-
-
-def _fit(model: PeftModel, samples: list[Sample], settings: Train, scratch: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+def trainer_arguments(settings: Train, run: Path, *, evaluates: bool) -> Any:
+    """transformers' TrainingArguments for a run whose checkpoints lie in `run`."""
+    from transformers import TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(run),
         use_cpu=settings.device == "cpu",
         num_train_epochs=settings.num_train_epochs,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_steps=settings.max_steps if settings.max_steps > 0 else -1,
+        # All samples of an update at once: AdapterTrainer splits them.
+        per_device_train_batch_size=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_steps,
@@ -207,48 +221,40 @@ def _fit(model: PeftModel, samples: list[Sample], settings: Train, scratch: Path
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=1,
-        save_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        eval_strategy="steps" if evaluates and settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=settings.device == "cuda",
+        dataloader_pin_memory=False,
     )
-    pad = model.config.pad_token_id or 0
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=samples,
-        data_collator=lambda batch: pad_batch(batch, pad=pad),
-        callbacks=[_progress_callback(samples)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    # One model on all cards; with more than one in sight the Trainer would copy it to each.
+    _ = arguments.device
+    arguments._n_gpu = 1
+    return arguments
 
 
-def _progress_callback(samples: list[Sample]) -> Any:
-    """A callback that shows steps, loss and speed; the tokens of an average batch stand for each."""
-    from transformers import TrainerCallback
+def _history(trainer: AdapterTrainer, settings: Train, train: list[Sample]) -> dict[str, Any]:
+    """The run as numbers, for reports/{model}.training.json; figures of its steps survive a restart."""
+    from lib.training_watch import SCALARS, peak_memory
 
-    class ShowProgress(TrainerCallback):
-        bar: Progress
-        started: float
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.shown = progress("training", total=state.max_steps, unit="step")
-            self.bar = self.shown.__enter__()
-            self.started = time.monotonic()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                speed = self._tokens_seen(state) / (time.monotonic() - self.started)
-                remark = f"loss {float(logs['loss']):.3f}, {speed:.0f} tokens/s"
-                self.bar.advance(remark=remark)
-                note(f"step {state.global_step} of {state.max_steps}: {remark}, lr {logs['learning_rate']:.3g}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.close()
-
-        def _tokens_seen(self, state: Any) -> float:
-            return state.epoch * sum(len(sample.input_ids) for sample in samples)
-
-    return ShowProgress()
+    wanted = ("step", "epoch", "grad_norm", "tokens", "seconds", *SCALARS)
+    log = trainer.state.log_history
+    steps = [{key: entry[key] for key in wanted if key in entry} for entry in log if "loss" in entry]
+    return {
+        "method": settings.method,
+        "method_reason": settings.method_reason,
+        "device": settings.device,
+        "seconds": sum(step["seconds"] for step in steps),
+        "tokens": sum(step["tokens"] for step in steps),
+        "samples": asdict(summarize_samples(train)),
+        "peak_gpu_gb": peak_memory(),
+        "peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "kept": "best" if trainer.best else "last",
+        "kept_step": trainer.best[1] if trainer.best else trainer.state.global_step,
+        "steps": steps,
+        "evaluations": [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in log if "eval_loss" in entry],
+    }

@@ -1,0 +1,193 @@
+"""The model that is trained: a base with its adapter, each part on the device where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from lib.base_model import exceeds_cards, load_base, weight_limits
+from lib.config import suggest
+from lib.console import say
+from lib.errors import ModelmillError
+from lib.offload import decoder_blocks, stream_beyond
+from lib.train_settings import Train
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class AdapterError(ModelmillError):
+    """An adapter cannot be attached as asked."""
+
+
+def build_model(base: Path, settings: Train, *, gpus: Sequence[float], cleanup: ExitStack) -> PeftModel:
+    """
+    Load the base, attach a fresh adapter and put both on their devices.
+
+    Args:
+        base: folder of the base checkpoint.
+        settings: of the run.
+        gpus: memory of each planned GPU in GiB; where there are none planned, those of this machine are taken.
+        cleanup: takes care of temporary files at the end of the run.
+
+    Raises:
+        BaseModelError: transformers cannot load the base.
+        AdapterError: see `attach_adapter`.
+    """
+    limits = weight_limits(gpus or _installed_gpus(settings), settings.offload.max_memory)
+    if _needs_streaming(base, settings, limits):
+        return _build_streamed(base, settings, limits, cleanup)
+    several = len([device for device in limits if device != "cpu"]) > 1
+    if settings.device == "cpu":
+        model = load_base(base, settings, device_map={"": "cpu"})
+    elif several or settings.quantization.llm_int8_enable_fp32_cpu_offload:
+        model = load_base(base, settings, device_map="balanced" if several else "auto", max_memory=limits)
+    else:
+        model = load_base(base, settings, device_map={"": 0})
+    model = attach_adapter(model, settings, gradient_checkpointing=settings.gradient_checkpointing)
+    _remove_inner_hooks(model)
+    if settings.torch_compile == "on" or (settings.torch_compile == "auto" and settings.device == "cuda"):
+        _compile_blocks(model)
+    return model
+
+
+def _remove_inner_hooks(model: PeftModel) -> None:
+    """
+    Take accelerate's hooks from the parts of each block; the block's own brings its inputs to its card.
+
+    With several cards accelerate puts one on every module, which costs time in each call and breaks compiled
+    blocks into pieces.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    for block in decoder_blocks(model):
+        for part in block.modules():
+            if part is not block:
+                remove_hook_from_module(part)
+
+
+def _compile_blocks(model: PeftModel) -> None:
+    """Compile each block by itself: all are of one kind and compiled once, and checkpointing stays outside."""
+    import torch
+
+    # The first block's input alike to the others', so that one variant serves all blocks of a card.
+    model.enable_input_require_grads()
+    # Each card, training and evaluation, a single sample and several take a variant; beyond torch's limit of 8
+    # blocks would silently run as if not compiled.
+    torch._dynamo.config.recompile_limit = 64
+    for block in decoder_blocks(model):
+        if hasattr(block, "_old_forward"):  # within accelerate's hook
+            block._old_forward = torch.compile(block._old_forward)
+        else:
+            block.compile()
+
+
+def _needs_streaming(base: Path, settings: Train, limits: Mapping[int | str, int]) -> bool:
+    """Whether weights are to be kept elsewhere, and there are too many of them for their device."""
+    offload = settings.offload
+    if settings.device == "cpu":
+        return offload.use_disk_offload
+    return (offload.use_cpu_offload or offload.use_disk_offload) and exceeds_cards(base, settings, limits)
+
+
+def _build_streamed(base: Path, settings: Train, limits: Mapping[int | str, int], cleanup: ExitStack) -> PeftModel:
+    """A model on one device, of which some blocks are streamed in; not compiled, since its weights come and go."""
+    import torch
+
+    if not settings.gradient_checkpointing:
+        say("streamed weights need gradient_checkpointing, which is switched on")
+    model = load_base(base, settings, device_map={"": "cpu"})
+    model = attach_adapter(model, settings, gradient_checkpointing=True, streamed=True)
+    folder = _offload_folder(settings, cleanup) if settings.offload.use_disk_offload else None
+    place: int | str = 0 if settings.device == "cuda" else "cpu"
+    stream_beyond(model, device=torch.device(place), limit=limits.get(place, 0), folder=folder)
+    # So that neither the Trainer nor accelerate moves the whole model to the device.
+    model.get_base_model().hf_device_map = {f"block {i}": place for i in range(len(decoder_blocks(model)))}
+    return model
+
+
+def _installed_gpus(settings: Train) -> list[float]:
+    """Memory of each GPU of this machine in GiB."""
+    import torch
+
+    cards = range(torch.cuda.device_count()) if settings.device == "cuda" else ()
+    return [torch.cuda.get_device_properties(card).total_memory / (1 << 30) for card in cards]
+
+
+def _offload_folder(settings: Train, cleanup: ExitStack) -> Path:
+    """A temporary folder, in `offload_folder` if that is set."""
+    parent = settings.offload.offload_folder
+    if parent:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    return Path(cleanup.enter_context(TemporaryDirectory(prefix="modelmill-offload-", dir=parent)))
+
+
+def attach_adapter(model: Any, settings: Train, *, gradient_checkpointing: bool, streamed: bool = False) -> PeftModel:
+    """
+    Freeze the base and put LoRA on the named layers, or on every linear layer but the output head.
+
+    Raises:
+        AdapterError: layers are named that the model does not have, or peft refuses the settings.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    _check_targets(model, lora.target_modules)
+    config = LoraConfig(
+        task_type=lora.task_type,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        target_modules=sorted(lora.target_modules) or "all-linear",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        # bitsandbytes' int8 product keeps its input outside of what autograd saves, and the 4-bit one its weights, so
+        # that only checkpoints whose first pass has no graph at all free them.
+        reentrant = settings.method == "int8" or (streamed and settings.method == "qlora")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise AdapterError(f"train.lora: {error}") from error
+
+
+def _check_targets(model: Any, targets: Sequence[str]) -> None:
+    """
+    Raises:
+        AdapterError: names that no linear layer of the model has, each with the nearest known one.
+    """
+    import torch
+
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [each for each in targets if not any(f".{name}".endswith(f".{each}") for name in layers)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in layers})
+        listed = "; ".join(f"{each!r}{suggest(each, known)}" for each in unknown)
+        raise AdapterError(f"lora.target_modules: the model has no linear layer named {listed}")
+
+
+def check_packable(model: Any) -> None:
+    """
+    Refuse packing where a mask cannot keep samples apart.
+
+    Raises:
+        AdapterError: the model has layers that carry a state along or attend in a window, or an attention that
+            takes no mask.
+    """
+    config = model.config.get_text_config()
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    attention = config._attn_implementation
+    if kinds or attention not in ("sdpa", "eager"):
+        found = f"layers of {', '.join(kinds)}" if kinds else f"the attention {attention}"
+        raise AdapterError(
+            f"packing: the model has {found}, where samples in one row would not be kept apart; set packing: false"
+        )

@@ -1,0 +1,88 @@
+"""Which training method a run uses: what the settings say, and what `auto` and left-out ones come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lib.config import fill_by_method
+from lib.errors import ModelmillError
+
+BILLION = 1_000_000_000
+# bitsandbytes' own names for two of the methods.
+FLAGS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
+
+
+class MethodError(ModelmillError):
+    """Settings of a training run contradict each other."""
+
+
+def resolve_method(train: dict[str, Any], *, parameters: int, gpus: Sequence[float]) -> None:
+    """
+    Settle `method`, `device`, `precision` and `learning_rate`, and say why in `method_reason`.
+
+    Args:
+        train: the section of the config, with every key; changed in place.
+        parameters: weights of the base.
+        gpus: memory of each planned GPU in GiB; none plans for the CPU.
+
+    Raises:
+        MethodError: 4-bit and 8-bit at once, or another method than they say; held-out data named twice, or
+            needed and not named.
+    """
+    _check_held_out(train)
+    if train["device"] == "auto":
+        train["device"] = "cuda" if gpus else "cpu"
+    asked = _asked_method(train)
+    train["method_reason"] = "as configured"
+    if asked == "auto":
+        planned = [] if train["device"] == "cpu" else list(gpus)
+        asked, precision, train["method_reason"] = _choose(parameters, planned)
+        if train.get("precision") is None:
+            train["precision"] = precision
+    train["method"] = asked
+    _check_flags(train)
+    fill_by_method("train", train)
+
+
+def _check_held_out(train: dict[str, Any]) -> None:
+    if train["eval_data"] is not None and train["eval_fraction"]:
+        raise MethodError("eval_data and eval_fraction both say what is held out; take one")
+    if train["load_best_model_at_end"] and train["eval_data"] is None and not train["eval_fraction"]:
+        raise MethodError("load_best_model_at_end needs held-out data: set eval_data or eval_fraction")
+
+
+def _asked_method(train: dict[str, Any]) -> str:
+    """What `method` says, or where that is auto the library's flags."""
+    quantization = train["quantization"]
+    if quantization["load_in_4bit"] and quantization["load_in_8bit"]:
+        raise MethodError("quantization: load_in_4bit and load_in_8bit are both true; take one")
+    if train["method"] == "auto":
+        return next((method for method, flag in FLAGS.items() if quantization[flag]), "auto")
+    return train["method"]
+
+
+def _check_flags(train: dict[str, Any]) -> None:
+    for method, flag in FLAGS.items():
+        said = train["quantization"][flag]
+        if said is not None and said != (train["method"] == method):
+            raise MethodError(
+                f"method is {train['method']} ({train['method_reason']}), but quantization.{flag} is "
+                f"{str(said).lower()}; they have to agree"
+            )
+
+
+def _choose(parameters: int, gpus: Sequence[float]) -> tuple[str, str | None, str]:
+    """Method, precision (None: the method's own) and the reason, by size and by the smallest planned card."""
+    size = f"{parameters / BILLION:.1f} B weights"
+    if not gpus:
+        large = parameters > 2 * BILLION
+        precision, limit = ("bf16", "more than 2 B") if large else ("fp32", "at most 2 B")
+        return "lora", precision, f"auto: no GPU planned, {size} ({limit}: {precision})"
+    card = min(gpus)
+    for least, most, memory in ((6, 10, 16), (2.5, 6, 8)):
+        if least * BILLION <= parameters <= most * BILLION:
+            if card >= memory:
+                return "int8", None, f"auto: {size}, smallest planned GPU {card:g} GiB (at least {memory})"
+            return "qlora", None, f"auto: {size}, smallest planned GPU {card:g} GiB (less than {memory})"
+    return "qlora", None, f"auto: {size}, smallest planned GPU {card:g} GiB"

@@ -1,0 +1,98 @@
+"""The model that is trained: which of its parts are frozen, adapted, compiled and streamed, and what it cannot do."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import training_runs as runs
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lib.adapted_model import AdapterError, attach_adapter, build_model, check_packable
+from lib.offload import decoder_blocks
+
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def built(base: Path, **train: Any) -> Any:
+    with ExitStack() as cleanup:
+        return build_model(base, runs.settings(**train), gpus=[], cleanup=cleanup)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_adapter_alone_is_trained_and_in_float32(method: str, precision: str, tiny_base: Path) -> None:
+    model = built(tiny_base, method=method, precision=precision)
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * len(LINEARS)
+    assert all("lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [([], LINEARS), (["q_proj", "lm_head"], {"q_proj", "lm_head"})])
+def test_which_layers_are_adapted(targets: list[str], adapted: set[str], tiny_base: Path) -> None:
+    """By default the linear layers that all methods quantize: not the output head."""
+    model = built(tiny_base, lora={"r": 4, "target_modules": targets})
+    assert {
+        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name
+    } == adapted
+
+
+def test_one_layer_of_a_block_can_be_named(tiny_base: Path) -> None:
+    model = built(tiny_base, lora={"r": 4, "target_modules": ["layers.1.mlp.up_proj"]})
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == 1 and "layers.1.mlp.up_proj" in adapted[0]
+
+
+def test_layers_that_are_not_there_are_all_named(tiny_base: Path) -> None:
+    with pytest.raises(AdapterError, match=r"'q_prj'; did you mean 'q_proj'\?; 'gateproj'; did you mean 'gate_proj'\?"):
+        built(tiny_base, lora={"target_modules": ["q_prj", "v_proj", "gateproj"]})
+
+
+@pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("auto", False), ("off", False)])
+def test_which_runs_are_compiled(setting: str, compiled: bool, tiny_base: Path) -> None:
+    """`auto` compiles on a GPU alone."""
+    blocks = decoder_blocks(built(tiny_base, torch_compile=setting))
+    assert len(blocks) == 2
+    assert [block._compiled_call_impl is not None for block in blocks] == [compiled] * 2
+
+
+def test_streamed_blocks_are_not_compiled_but_checkpointed(tiny_base: Path) -> None:
+    model = built(tiny_base, torch_compile="on", offload={"use_disk_offload": True, "max_memory": {"cpu": "0MB"}})
+    blocks = decoder_blocks(model)
+    assert [block._compiled_call_impl for block in blocks] == [None, None]
+    assert all(block.gradient_checkpointing for block in blocks)
+
+
+def test_with_room_for_all_nothing_is_streamed(tiny_base: Path) -> None:
+    asked = {"use_disk_offload": True, "max_memory": {"cpu": "1GB"}}
+    model = built(tiny_base, offload=asked)
+    weights = [block.mlp.up_proj.base_layer.weight for block in decoder_blocks(model)]
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes > 0 for weight in weights)
+
+
+def small(kind: str) -> Any:
+    sizes = {**tiny.SHAPE, "hidden_size": 64, "intermediate_size": 96}
+    if kind == "Gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16))
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1} if kind != "Qwen2" else {}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **windowed))
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Qwen2 in windows"])
+def test_samples_cannot_be_packed_where_a_window_is_attended_to(kind: str) -> None:
+    model = attach_adapter(small(kind), runs.settings(), gradient_checkpointing=False)
+    with pytest.raises(AdapterError, match="packing: the model has layers of sliding_attention.*set packing: false"):
+        check_packable(model)
+
+
+def test_samples_cannot_be_packed_for_an_attention_that_takes_no_mask() -> None:
+    model = attach_adapter(small("Qwen2"), runs.settings(), gradient_checkpointing=False)
+    check_packable(model)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(AdapterError, match="packing: the model has the attention flash_attention_2"):
+        check_packable(model)
