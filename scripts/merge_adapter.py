@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from lib.checkpoint import INDEX, checkpoint_files, weight_files
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
 from lib.jsonfile import dump_json, read_json
-from lib.lora import LoraPair, check_pairs, read_lora
+from lib.lora import read_lora, read_targets
 from lib.manifest import describe_file, identify_folder, write_folder_manifest
-from lib.merge import merged_rows
+from lib.merge import Overflows, merged_blocks
+from lib.merge_plan import MergedTensor, MergePlan, plan_merge
 from lib.options import add_settings
 from lib.outputs import finished_folder
 
-STORED = {"float16": "F16", "bfloat16": "BF16"}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def merge_adapter(
@@ -40,7 +42,7 @@ def merge_adapter(
     Args:
         base, adapter: folders of a checkpoint and of a LoRA in peft's format.
         base_manifest, adapter_manifest: their manifests, where these are not in the folders themselves.
-        dtype: float16 or bfloat16.
+        dtype: float16, bfloat16 or float32.
         max_shard_size: in MB (10^6 bytes).
         output: folder of the result; it appears only when complete.
         threads: of the arithmetic; the result does not depend on it.
@@ -53,10 +55,11 @@ def merge_adapter(
     """
     import torch
 
-    torch.set_num_threads(threads)
-    tensors = safetensors.read_tensors(base)
-    pairs = read_lora(adapter) if adapter else {}
-    check_pairs(pairs, tensors, where=adapter or base)
+    torch.set_num_threads(1)  # the threads are over blocks of rows
+    updates = read_lora(adapter) if adapter else {}
+    config = read_json(base / "config.json")
+    counted = {"is_target": read_targets(adapter)} if adapter else {}
+    plan = plan_merge(safetensors.read_tensors(base), updates, config, where=adapter or base, **counted)
     origin = {
         "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=threads),
         "adapter": identify_folder(
@@ -68,49 +71,44 @@ def merge_adapter(
     }
     inputs = [base, adapter] if adapter else [base]
     with finished_folder(output, inputs=inputs) as partial:
-        files = _write_shards(partial, tensors, pairs, dtype=dtype, max_shard_bytes=max_shard_size * 10**6)
-        files |= _copy_side_files(base, partial, dtype=dtype)
+        files = _write_shards(partial, plan, dtype=dtype, max_shard_bytes=max_shard_size * 10**6, threads=threads)
+        files |= _copy_side_files(base, partial, config={**config, **plan.config}, dtype=dtype)
         manifest = write_folder_manifest(partial, artifact="merged", files=files, origin=origin)
-    say(f"merged {len(pairs)} of {len(tensors)} tensors into {output}")
+    say(f"merged {len(updates)} updates into {len(plan.tensors)} tensors in {output}")
     return manifest
 
 
 def _write_shards(
-    folder: Path,
-    tensors: dict[str, safetensors.StoredTensor],
-    pairs: dict[str, LoraPair],
-    *,
-    dtype: str,
-    max_shard_bytes: int,
+    folder: Path, plan: MergePlan, *, dtype: str, max_shard_bytes: int, threads: int
 ) -> dict[str, dict[str, Any]]:
     import torch
 
     stored = STORED[dtype]
-    shards = safetensors.plan_shards(tensors.values(), dtype=stored, max_shard_bytes=max_shard_bytes)
-    total = sum(tensor.values for tensor in tensors.values()) * safetensors.BYTES_PER_VALUE[stored]
-    files = {}
+    shards = safetensors.plan_shards(plan.tensors, dtype=stored, max_shard_bytes=max_shard_bytes)
+    total = sum(tensor.values for tensor in plan.tensors) * safetensors.BYTES_PER_VALUE[stored]
+    files, overflows = {}, Overflows(dtype)
     with progress("merging", total=total, unit="B") as bar:
 
-        def blocks(shard: list[safetensors.StoredTensor]) -> Any:
-            for tensor in shard:
-                for block in merged_rows(tensor, pairs.get(tensor.name), dtype=getattr(torch, dtype)):
-                    yield block
-                    bar.advance(block.numel() * block.element_size())
+        def blocks(shard: list[MergedTensor]) -> Iterator[torch.Tensor]:
+            merged = merged_blocks(shard, dtype=getattr(torch, dtype), overflows=overflows, threads=threads)
+            for block in merged:
+                yield block
+                bar.advance(block.numel() * block.element_size())
 
         for name, shard in zip(safetensors.shard_names(len(shards)), shards, strict=True):
             files[name] = safetensors.write_shard(folder / name, shard, dtype=stored, blocks=blocks(shard))
+    overflows.check()
     if len(shards) > 1:
         (folder / INDEX).write_text(dump_json(safetensors.index_of(shards, dtype=stored)))
         files[INDEX] = describe_file(folder / INDEX)
     return files
 
 
-def _copy_side_files(base: Path, folder: Path, *, dtype: str) -> dict[str, dict[str, Any]]:
-    """Copy config, tokenizer and licence byte for byte; only the config's dtype changes."""
+def _copy_side_files(base: Path, folder: Path, *, config: dict[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    """Copy tokenizer and licence byte for byte; in the config the dtype changes, and what the merge changed."""
     sides = set(checkpoint_files(base)) - set(weight_files(base)) - {INDEX}
     for name in sorted(sides):
         shutil.copyfile(base / name, folder / name)
-    config = read_json(base / "config.json")
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config.update(dict.fromkeys(keys, dtype))
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

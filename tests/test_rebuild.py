@@ -168,7 +168,7 @@ TABLE = {
     "the same base at another path, once it is listed": (move_the_base_and_list_it, set()),
     "a held-out question": (ask_something_else, ASKED),
     "a helper that only the merge uses": (
-        replace_in_checkout("scripts/lib/merge.py", "1 << 24", "1 << 23"),
+        replace_in_checkout("scripts/lib/merge.py", "1 << 22", "1 << 21"),
         MERGED,
     ),
     "a comment in the trainer": (

@@ -19,6 +19,7 @@ from lib.safetensors_file import (
     StoredTensor,
     index_of,
     plan_shards,
+    read_columns,
     read_header,
     read_rows,
     read_tensors,
@@ -67,6 +68,15 @@ def test_some_rows(start: int, stop: int, tmp_path: Path) -> None:
         for name, tensor in found.items():
             right = library.get_slice(name)[start:stop]
             assert torch.equal(read_rows(tensor, start, stop), right.reshape(stop - start, -1))
+
+
+@pytest.mark.parametrize("rows", [(0, 5), (2, 3), (1, 4), (2, 2)])
+@pytest.mark.parametrize("columns", [(0, 6), (0, 1), (5, 6), (2, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_columns(dtype: str, rows: tuple[int, int], columns: tuple[int, int], tmp_path: Path) -> None:
+    whole = values((5, 6), dtype=DTYPES[dtype])
+    tensor = written(tmp_path, {"x": whole, "y": values((3,))})["x"]
+    assert torch.equal(read_columns(tensor, *rows, *columns), whole[slice(*rows), slice(*columns)])
 
 
 def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:

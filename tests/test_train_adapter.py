@@ -201,6 +201,24 @@ def test_dropout_and_its_seed_count(train: Callable[..., Trained]) -> None:
     assert len(set(weights)) == 4
 
 
+def test_samples_come_in_an_order_of_the_seeds_own(tiny_base: Path, tmp_path: Path) -> None:
+    """Another one in each epoch, and all of them in each."""
+
+    def order(seed: int) -> list[int]:
+        seen: list[int] = []
+        run = runs.settings(seed=seed, num_train_epochs=2, per_device_train_batch_size=3, save_steps=0)
+        trained = runs.trainer(tiny_base, tmp_path, run, train_dataset=runs.samples(12))
+        trained.training_step = lambda _, batch, *rest: (seen.extend(each.input_ids[0] for each in batch), 1)[1] * one
+        trained.train()
+        return seen
+
+    one = torch.tensor(1.0)
+    first, again, other = order(1), order(1), order(2)
+    assert first == again != other
+    assert sorted(first[:12]) == sorted(first[12:]) == sorted(other[:12])
+    assert first[:12] != first[12:]
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_ways_to_save_memory_change_no_byte(method: str, train: Callable[..., Trained]) -> None:
     common = {"method": method, "max_steps": 4, "lora": {"r": 4, "lora_dropout": 0.1}}

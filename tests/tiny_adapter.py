@@ -50,7 +50,7 @@ def write_constants(
         tensors[f"base_model.model.{layer}.lora_A.weight"] = np.full((rank, width), value, np.float32)
         tensors[f"base_model.model.{layer}.lora_B.weight"] = np.full((width, rank), value, np.float32)
     save_file(tensors, folder / WEIGHTS)
-    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": list(layers), **config}
     (folder / CONFIG).write_text(json.dumps(facts))
     if written is not None:
         for name in (CONFIG, WEIGHTS):

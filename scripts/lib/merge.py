@@ -1,87 +1,228 @@
 """
-Folding a low-rank update into weights, defined to the bit.
+Folding an adapter into weights, defined to the bit.
 
-The sum over the rank runs in a fixed order of float32 operations, each rounded by itself:
+A low-rank update is summed over the rank in a fixed order of float32 operations, each rounded by itself:
 acc = 0; for k < r: acc = acc + B[:, k]·A[k, :]; then W + scale·acc, rounded once to the output dtype.
 No BLAS: its results change with the instruction set, the device and the shape of a block. Elementwise
 float32 multiplication and addition, as separate operations, are IEEE everywhere, so any thread count, any
-block of rows and any device give the same bytes.
+block of rows and any device give the same bytes. DoRA's norm of a row is a sum of squares in float64, over a
+tree of halves; squares of float32 values are exact there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import ModelmillError
-from lib.safetensors_file import StoredTensor, read_rows
+from lib.lora import LowRank
+from lib.safetensors_file import StoredTensor, read_columns, read_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lib.lora import LoraPair
+    from lib.merge_plan import MergedTensor
 
-# Values in a block of rows: 64 MiB of float32, so that a few blocks stay far below a model's size.
-BLOCK_VALUES = 1 << 24
+# Values in a block of rows, 16 MiB of float32: what a thread works on, and what is read and written at once.
+BLOCK_VALUES = 1 << 22
+# Values for which the whole rank is summed before the next ones: small enough to stay in a core's cache. On one
+# core of a 2.5 GHz Xeon 70 to 80 M weights/s at rank 16, 25 M without.
+TILE_VALUES = 1 << 17
+MOST_NAMED = 20
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class MergeError(ModelmillError):
     """A merge would not give the right weights."""
 
 
-def fold_delta(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+@dataclass
+class Overflows:
+    """Tensors whose merged values are beyond the output dtype, with the largest, or not finite at all."""
+
+    dtype: str
+    largest: dict[str, float] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def note(self, name: str, values: Tensor) -> None:
+        """Add the values of a block that does not fit."""
+        import torch
+
+        finite = torch.isfinite(values).all()
+        largest = values.abs().max().item() if finite else float("nan")
+        with self._lock:
+            known = self.largest.get(name, 0.0)
+            self.largest[name] = float("nan") if math.isnan(known) or math.isnan(largest) else max(known, largest)
+
+    def check(self) -> None:
+        """
+        Raises:
+            MergeError: naming the tensors, their largest values and the remedy.
+        """
+        ordered = sorted(self.largest.items())
+        broken = [name for name, value in ordered if math.isnan(value)]
+        beyond = [f"{name}: {value:g}" for name, value in ordered if not math.isnan(value)]
+        remedy = "float32" if self.dtype == "bfloat16" else "bfloat16"
+        parts = [_listing("base or adapter hold values that are not finite:", broken)] if broken else []
+        parts += [_listing(f"values beyond {self.dtype}; set merge.dtype: {remedy}:", beyond)] if beyond else []
+        if parts:
+            raise MergeError("\n".join(parts))
+
+
+def _listing(title: str, lines: list[str]) -> str:
+    more = [f"  and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
+    return "\n".join([title, *(f"  {line}" for line in lines[:MOST_NAMED]), *more])
+
+
+def merged_blocks(
+    tensors: Iterable[MergedTensor],
+    *,
+    dtype: torch.dtype,
+    overflows: Overflows,
+    threads: int,
+    block_values: int = BLOCK_VALUES,
+) -> Iterator[Tensor]:
+    """
+    The rows of all tensors after the merge, in order, block by block in the output dtype.
+
+    Several threads read and compute ahead of whoever takes the blocks; memory is that of two blocks and their
+    output for each.
+
+    Args:
+        overflows: takes note of blocks that do not fit the dtype; they are given all the same.
+    """
+
+    def compute(job: tuple[MergedTensor, int, int]) -> Tensor:
+        import torch
+
+        tensor, start, stop = job
+        values = merged_rows(tensor, start, stop)
+        result = values.to(dtype)
+        if not torch.isfinite(result).all():
+            overflows.note(tensor.name, values)
+        return result
+
+    def jobs() -> Iterator[tuple[MergedTensor, int, int]]:
+        for tensor in tensors:
+            step = max(1, block_values // max(1, tensor.row_values))
+            for start in range(0, tensor.rows, step):
+                yield tensor, start, min(start + step, tensor.rows)
+
+    yield from in_order(jobs(), compute, threads=threads)
+
+
+def in_order(jobs: Iterable[Job], work: Callable[[Job], Result], *, threads: int) -> Iterator[Result]:
+    """Results of jobs in their order, computed by threads that run at most one job each ahead."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def merged_rows(tensor: MergedTensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of one tensor after the merge, (stop - start, row_values), float32, not rounded yet."""
+    update = tensor.update
+    values = read_rows(update.replaced or tensor.base, start, stop).float()
+    if update.low_rank is not None:
+        values = fold_low_rank(values, update.low_rank, start, stop)
+    if update.added is not None:
+        bias, scale = update.added
+        values = values + read_rows(bias, start, stop).float().mul_(scale)
+    if update.rows is not None:
+        source, rows = update.rows
+        for place, row in enumerate(rows):
+            if start <= row < stop:
+                values[row - start] = read_rows(source, place, place + 1)[0].float()
+    return values
+
+
+def fold_low_rank(weight: Tensor, update: LowRank, start: int, stop: int) -> Tensor:
     """
     Add a low-rank update to rows of a weight.
 
     Args:
-        weight: (rows, in), any floating dtype; not changed.
-        a: (rank, in), float32.
-        b: (rows, rank), float32: the same rows of B.
-        scale: of the update.
+        weight: (stop - start, columns), float32: rows [start, stop) as they are stored; may be changed.
+        update: of the whole weight.
 
     Returns:
-        (rows, in), float32, not yet rounded to the output dtype.
+        (stop - start, columns), float32.
     """
     import torch
 
     total = torch.zeros(weight.shape, dtype=torch.float32)
-    product = torch.empty_like(total)
-    for k in range(a.shape[0]):
-        torch.mul(b[:, k : k + 1], a[k], out=product)
-        total.add_(product)
+    rank = update.a.rows
+    step = max(1, BLOCK_VALUES // max(weight.shape))  # both factors' parts are no larger than a block
+    for first in range(0, rank, step):
+        last = min(first + step, rank)
+        left, right = _factors(update, start, stop, first, last)
+        add_products(total, left, right)
     # A multiplication and an addition, not `add(alpha=…)`, which may fuse the two.
-    return total.mul_(scale).add_(weight.float())
+    total.mul_(update.scale).add_(weight)
+    if update.magnitude is None:
+        return total
+    magnitude = read_values(update.magnitude, start, stop)
+    return total.mul_((magnitude / row_norms(total).float()).unsqueeze(1))
 
 
-def merged_rows(
-    tensor: StoredTensor, pair: LoraPair | None, *, dtype: torch.dtype, block_values: int = BLOCK_VALUES
-) -> Iterator[Tensor]:
+def _factors(update: LowRank, start: int, stop: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Those (rows, ranks) and (ranks, columns) whose product updates rows of the weight as it is stored."""
+    if update.transposed:
+        left = read_columns(update.a, first, last, start, stop).float().t()
+        right = read_columns(update.b, 0, update.b.rows, first, last).float().t()
+        return left.contiguous(), right.contiguous()
+    return read_columns(update.b, start, stop, first, last).float(), read_rows(update.a, first, last).float()
+
+
+def read_values(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Values [start, stop) of a vector, whatever its shape, float32."""
+    return read_rows(tensor, 0, tensor.rows).flatten()[start:stop].float()
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
-    The rows of a weight after the merge, block by block, in the output dtype.
+    total += left[:, k]·right[k, :] for one k after another, product and sum each rounded to float32.
 
-    Raises:
-        MergeError: a value that is not finite, or beyond the output dtype's range.
+    Args:
+        total: (rows, columns), changed in place.
+        left, right: (rows, ranks) and (ranks, columns).
     """
     import torch
 
-    factor_a = read_rows(pair.a, 0, pair.a.rows).float() if pair else None
-    step = max(1, block_values // max(1, tensor.row_values))
-    for start in range(0, tensor.rows, step):
-        stop = min(start + step, tensor.rows)
-        rows = read_rows(tensor, start, stop)
-        if pair is not None and factor_a is not None:
-            rows = fold_delta(rows, factor_a, read_rows(pair.b, start, stop).float(), scale=pair.scale)
-        result = rows.to(dtype)
-        if not torch.isfinite(result).all():
-            raise MergeError(_describe_overflow(tensor.name, rows, dtype))
-        yield result
+    rows = max(1, TILE_VALUES // total.shape[1])
+    product = torch.empty(min(rows, total.shape[0]), total.shape[1])
+    columns = left.t().contiguous().unsqueeze(2)  # (ranks, rows, 1)
+    for top in range(0, total.shape[0], rows):
+        tile = total[top : top + rows]
+        held = product[: tile.shape[0]]
+        for k in range(right.shape[0]):
+            torch.mul(columns[k, top : top + rows], right[k], out=held)
+            tile.add_(held)
 
 
-def _describe_overflow(name: str, rows: Tensor, dtype: torch.dtype) -> str:
+def row_norms(values: Tensor) -> Tensor:
+    """Euclidean length of each row of (rows, columns) float32 values, (rows,) float64, summed over a tree of halves."""
     import torch
 
-    if not torch.isfinite(rows).all():
-        return f"{name}: base or adapter holds values that are not finite"
-    largest = rows.abs().max().item()
-    return f"{name}: {largest:g} is beyond {str(dtype).removeprefix('torch.')}; set merge.dtype: bfloat16"
+    squares = values.double().square_()
+    width = 1 << max(0, squares.shape[1] - 1).bit_length()
+    squares = torch.nn.functional.pad(squares, (0, width - squares.shape[1]))
+    while width > 1:
+        width //= 2
+        squares = squares[:, :width] + squares[:, width:]
+    return squares[:, 0].sqrt()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lib.checkpoint import INDEX, WEIGHTS, CheckpointError, weight_files, weight_map
 
@@ -52,6 +52,19 @@ class StoredTensor:
     def values(self) -> int:
         """Values of the whole tensor."""
         return self.rows * self.row_values
+
+
+class Shaped(Protocol):
+    """What is written of a tensor beside its values."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def values(self) -> int: ...
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -119,23 +132,42 @@ def _stored_tensors(header: dict[str, Any], path: Path, *, data_start: int) -> l
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor, (stop - start, row_values), in its own dtype."""
+    return _read_pieces(tensor, [(start * tensor.row_values, (stop - start) * tensor.row_values)]).reshape(
+        stop - start, tensor.row_values
+    )
+
+
+def read_columns(tensor: StoredTensor, start: int, stop: int, left: int, right: int) -> Tensor:
+    """Columns [left, right) of rows [start, stop) of a matrix, (stop - start, right - left), in its own dtype."""
+    if (left, right) == (0, tensor.row_values):
+        return read_rows(tensor, start, stop)
+    pieces = [(row * tensor.row_values + left, right - left) for row in range(start, stop)]
+    return _read_pieces(tensor, pieces).reshape(stop - start, right - left)
+
+
+def _read_pieces(tensor: StoredTensor, pieces: Sequence[tuple[int, int]]) -> Tensor:
+    """Some values of a tensor in one row, each piece given by its first value and their number."""
     import torch
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    row_bytes = tensor.row_values * BYTES_PER_VALUE[tensor.dtype]
-    block = bytearray((stop - start) * row_bytes)
+    size = BYTES_PER_VALUE[tensor.dtype]
+    block = bytearray(sum(count for _, count in pieces) * size)
+    view, done = memoryview(block), 0
     descriptor = os.open(tensor.file, os.O_RDONLY)
     try:
-        if os.preadv(descriptor, [block], tensor.offset + start * row_bytes) != len(block):
-            raise CheckpointError(f"{tensor.file} is cut off: {tensor.name} cannot be read")
+        for first, count in pieces:
+            place = view[done : done + count * size]
+            if os.preadv(descriptor, [place], tensor.offset + first * size) != len(place):
+                raise CheckpointError(f"{tensor.file} is cut off: {tensor.name} cannot be read")
+            done += len(place)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(block, dtype=dtypes[tensor.dtype]).reshape(stop - start, tensor.row_values)
+    return torch.frombuffer(block, dtype=dtypes[tensor.dtype]) if block else torch.empty(0, dtype=dtypes[tensor.dtype])
 
 
-def plan_shards(tensors: Iterable[StoredTensor], *, dtype: str, max_shard_bytes: int) -> list[list[StoredTensor]]:
+def plan_shards(tensors: Iterable[Shaped], *, dtype: str, max_shard_bytes: int) -> list[list[Shaped]]:
     """Split tensors, in their order, into shards of at most `max_shard_bytes` unless one tensor alone is larger."""
-    shards: list[list[StoredTensor]] = [[]]
+    shards: list[list[Shaped]] = [[]]
     size = 0
     for tensor in tensors:
         tensor_bytes = tensor.values * BYTES_PER_VALUE[dtype]
@@ -152,7 +184,7 @@ def shard_names(count: int) -> list[str]:
     return [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def index_of(shards: Sequence[Sequence[StoredTensor]], *, dtype: str) -> dict[str, Any]:
+def index_of(shards: Sequence[Sequence[Shaped]], *, dtype: str) -> dict[str, Any]:
     """The index of a sharded checkpoint: which shard holds which tensor."""
     names = shard_names(len(shards))
     total = sum(tensor.values for shard in shards for tensor in shard) * BYTES_PER_VALUE[dtype]
@@ -160,7 +192,7 @@ def index_of(shards: Sequence[Sequence[StoredTensor]], *, dtype: str) -> dict[st
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def write_shard(path: Path, shard: Sequence[StoredTensor], *, dtype: str, blocks: Iterator[Tensor]) -> dict[str, Any]:
+def write_shard(path: Path, shard: Sequence[Shaped], *, dtype: str, blocks: Iterator[Tensor]) -> dict[str, Any]:
     """
     Write one safetensors file from blocks of rows that come in the order of `shard`.
 
