@@ -176,7 +176,7 @@ TABLE = {
         set(),
     ),
     "a docstring in the trainer": (
-        replace_in_checkout("scripts/lib/training.py", "    Train an adapter.\n", "    Train one adapter.\n"),
+        replace_in_checkout("scripts/lib/training.py", "    Train an adapter, from", "    Train one adapter, from"),
         set(),
     ),
     "a comment in the README": (replace_in_checkout("README.md", "modelmill", "<!-- a remark -->modelmill"), set()),

@@ -142,9 +142,14 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "feature extraction": ({"lora": {**LORA, "task_type": "FEATURE_EXTRACTION"}}, {"task_type": "FEATURE_EXTRACTION"}),
     "packing": ({"packing": True, "max_length": 64, "per_device_train_batch_size": 2}, ALL),
-    "accumulation": ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}, ALL),
-    "weight decay": ({"weight_decay": 0.1}, ALL),
-    "low memory": ({"offload": {"low_cpu_mem_usage": True}}, ALL),
+    "accumulation, low memory": (
+        {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 3,
+            "offload": {"low_cpu_mem_usage": True},
+        },
+        ALL,
+    ),
     "skipped layers": ({"method": "qlora", "quantization": {"llm_int8_skip_modules": ["q_proj"]}}, ALL),
 }
 

@@ -70,7 +70,7 @@ def _remove_inner_hooks(model: PeftModel) -> None:
 
 
 def _compile_blocks(model: PeftModel) -> None:
-    """Compile each block by itself: all are of one kind and compiled once, and checkpointing stays outside."""
+    """Compile each block by itself: all are of one kind, so that one compilation serves all of a card."""
     import torch
 
     # The first block's input alike to the others', so that one variant serves all blocks of a card.
