@@ -51,8 +51,8 @@ def fix_threads(threads: int) -> None:
     """
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         os.environ[variable] = str(threads)
-    # One of nine runs of the demo under load gave other bytes. Its cause was not found; these are what MKL's manual
-    # asks for where results are to be the same from run to run.
+    # One of four full runs of the demo gave other bytes, on a loaded machine. The cause was not found, nor is it shown
+    # that this helps: it is what MKL's manual asks for where results are to be the same from run to run.
     os.environ |= {"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE", "MKL_CBWR": "AUTO"}
     # Beside another busy process, threads that spin while they wait take the core from the one waited for:
     # on 2 busy cores a step was seen at 2.8 s with this and at 6.0 s without, though under unlike load.
