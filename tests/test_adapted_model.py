@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,65 @@ def test_layers_that_are_not_there_are_all_named(tiny_base: Path) -> None:
         built(tiny_base, lora={"target_modules": ["q_prj", "v_proj", "gateproj"]})
 
 
-@pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("auto", False), ("off", False)])
-def test_which_runs_are_compiled(setting: str, compiled: bool, tiny_base: Path) -> None:
+@pytest.fixture
+def compiled_functions(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
+    """What is given to torch.compile, which runs it by itself here."""
+    given: list[Callable[..., Any]] = []
+
+    def run_as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+        given.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", run_as_it_is)
+    return given
+
+
+@pytest.mark.parametrize(("setting", "compiled"), [("on", 2), ("auto", 0), ("off", 0)])
+def test_which_runs_are_compiled(
+    setting: str, compiled: int, compiled_functions: list[Callable[..., Any]], tiny_base: Path
+) -> None:
     """`auto` compiles on a GPU alone."""
     blocks = decoder_blocks(built(tiny_base, torch_compile=setting))
     assert len(blocks) == 2
-    assert [block._compiled_call_impl is not None for block in blocks] == [compiled] * 2
+    assert len(compiled_functions) == compiled
 
 
-def test_streamed_blocks_are_not_compiled_but_checkpointed(tiny_base: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpoints_stay_outside_of_what_is_compiled(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
+    inside, entered = [], []
+
+    def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*inputs: Any, **named: Any) -> Any:
+            inside.append(True)
+            result = function(*inputs, **named)
+            inside.pop()
+            return result
+
+        return watched
+
+    monkeypatch.setattr(torch, "compile", watch)
+    model = built(tiny_base, torch_compile="on", gradient_checkpointing=checkpointing).train()
+    for block in decoder_blocks(model):
+
+        def checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
+            entered.append(bool(inside))
+            return function(*inputs)
+
+        block._gradient_checkpointing_func = checkpoint
+    model(torch.arange(8)[None])
+    assert entered == ([False, False] if checkpointing else [])
+    model.eval()(torch.arange(8)[None])
+    assert len(entered) == (2 if checkpointing else 0)
+
+
+def test_streamed_blocks_are_not_compiled_but_checkpointed(
+    compiled_functions: list[Callable[..., Any]], tiny_base: Path
+) -> None:
     model = built(tiny_base, torch_compile="on", offload={"use_disk_offload": True, "max_memory": {"cpu": "0MB"}})
-    blocks = decoder_blocks(model)
-    assert [block._compiled_call_impl for block in blocks] == [None, None]
-    assert all(block.gradient_checkpointing for block in blocks)
+    assert not compiled_functions
+    assert all(block.gradient_checkpointing for block in decoder_blocks(model))
 
 
 def test_with_room_for_all_nothing_is_streamed(tiny_base: Path) -> None:

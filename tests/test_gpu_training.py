@@ -98,6 +98,15 @@ def test_compiled_blocks_give_the_same_losses(method: str, tiny_base: Path, tmp_
     assert compiled.losses == pytest.approx(plain.losses, rel=0.03)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "int8"])
+def test_compiled_blocks_keep_their_checkpoints(method: str, wide_base: Path, tmp_path: Path) -> None:
+    shared = {"method": method, "max_steps": 3, "gradient_checkpointing": True, "per_device_train_batch_size": 24}
+    plain = train(wide_base, tmp_path / "plain", **shared)
+    compiled = train(wide_base, tmp_path / "compiled", **shared, torch_compile="on")
+    print("compiled", method, plain.peaks, compiled.peaks)
+    assert compiled.peaks[0] < 1.1 * plain.peaks[0]
+
+
 def test_memory_that_really_runs_out_splits_the_update(wide_base: Path, tmp_path: Path) -> None:
     """The card is limited to what a quarter of the batch needs, and the training goes on to its end."""
     batch = {"method": "lora", "precision": "bf16", "per_device_train_batch_size": 24, "max_steps": 3}

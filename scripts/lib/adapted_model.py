@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -79,10 +80,31 @@ def _compile_blocks(model: PeftModel) -> None:
     # blocks would silently run as if not compiled.
     torch._dynamo.config.recompile_limit = 64
     for block in decoder_blocks(model):
-        if hasattr(block, "_old_forward"):  # within accelerate's hook
-            block._old_forward = torch.compile(block._old_forward)
-        else:
-            block.compile()
+        # accelerate's hook, which brings the input to the block's card, stays outside.
+        name = "_old_forward" if hasattr(block, "_old_forward") else "forward"
+        setattr(block, name, _compiled_forward(block))
+
+
+def _compiled_forward(block: Any) -> Callable[..., Any]:
+    """
+    A block's forward, compiled, within its gradient checkpoint.
+
+    transformers 5.23 checkpoints inside of `forward`. Compiled as a whole, torch chooses by itself what is kept for
+    backward: the 32B took 17.8 GB of its second card instead of 12.8.
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not isinstance(block, GradientCheckpointingLayer):
+        return torch.compile(block.forward)
+    compiled = torch.compile(type(block).forward.__wrapped__.__get__(block))
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if block.gradient_checkpointing and block.training:
+            return block._gradient_checkpointing_func(partial(compiled, **named), *inputs)
+        return compiled(*inputs, **named)
+
+    return forward
 
 
 def _needs_streaming(base: Path, settings: Train, limits: Mapping[int | str, int]) -> bool:

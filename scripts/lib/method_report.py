@@ -44,7 +44,7 @@ def draw_methods(report: dict[str, Any], picture: Path) -> None:
     names = [NAMES[method].replace(" ", "\n") for method in methods]
     for axes, (label, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         bars = axes.bar(names, values, color=[COLOURS[method] for method in methods], width=0.6)
-        axes.bar_label(bars, fmt=lambda value: f"{value:.4g}", padding=2)
+        axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}", padding=2)
         axes.set_ylabel(label)
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
