@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lib import checked_converter
 from lib.checkpoint import checkpoint_files
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
@@ -47,7 +48,7 @@ def convert_gguf(
         The manifest of the file.
 
     Raises:
-        ProgramError: llama.cpp's converter refused the checkpoint.
+        ProgramError: llama.cpp's converter refused the checkpoint, or a value is not finite in `outtype`.
         GgufError: what it wrote is not whole.
     """
     source = identify_folder(checkpoint, manifest, artifact=artifact, names=checkpoint_files, threads=threads)
@@ -64,7 +65,7 @@ def convert_gguf(
 
 
 def _run_converter(llama_cpp: LlamaCpp, checkpoint: Path, *, metadata: Path, outtype: str, output: Path) -> None:
-    command = [sys.executable, llama_cpp.convert_script, checkpoint, "--outfile", output]
+    command = [sys.executable, checked_converter.__file__, llama_cpp.convert_script, checkpoint, "--outfile", output]
     command += ["--outtype", outtype, "--metadata", metadata]
     with progress("converting", total=100, unit="%") as bar:
         done = 0
