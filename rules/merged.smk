@@ -5,6 +5,7 @@ rule merge_adapter:
     """Fold the adapter into the base checkpoint, tensor by tensor."""
     input:
         base="bases/{model}/MANIFEST.json",
+        base_check=ancient("work/{model}/base.json"),
         adapter=adapter_manifest,
     output:
         manifest="models/{model}/merged/MANIFEST.json",

@@ -31,7 +31,9 @@ IMPORTED = {("import_adapter", "adapters/tiny/MANIFEST.json"), *MERGED}
 CHECKED = {("check_data", "work/tiny/data.json"), *TRAINED}
 BASE_QUANTIZED = {("quantize_gguf", "models/tiny.base.q4_k_m.gguf"), *SMOKE}
 BASE_CONVERTED = {("convert_gguf", "models/tiny.base.f16.gguf"), *BASE_QUANTIZED}
-FETCHED = {("fetch_base", "bases/tiny/MANIFEST.json"), *TRAINED, *BASE_CONVERTED}
+FETCHED = {
+    ("fetch_base", "bases/tiny/MANIFEST.json"), ("check_base", "work/tiny/base.json"), *TRAINED, *BASE_CONVERTED
+}  # fmt: skip
 Q5_K_M = {(rule, output.replace("q4_k_m", "q5_k_m")) for rule, output in QUANTIZED | BASE_QUANTIZED}
 
 
@@ -164,6 +166,10 @@ TABLE = {
         TRAINED,
     ),
     "one line of data": (change_a_line_of_data, CHECKED),
+    "how a base is checked": (
+        replace_in_checkout("scripts/check_base.py", '"--vocab-only"', '"--vocab-only", "--verbose"'),
+        {("check_base", "work/tiny/base.json")},
+    ),
     "one byte of the base": (flip_a_byte_of_the_base, FETCHED),
     "the same base at another path, once it is listed": (move_the_base_and_list_it, set()),
     "a held-out question": (ask_something_else, ASKED),

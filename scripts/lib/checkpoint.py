@@ -11,6 +11,8 @@ from lib.manifest import NAME as MANIFEST
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Names that models give the matrix of their tokens' embeddings.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 # What belongs to a checkpoint beside its weights, in any case of letters.
 SIDE_FILES = (
     "*.json",
@@ -87,6 +89,11 @@ def is_side_file(name: str) -> bool:
     lowered = name.lower()
     wanted = any(fnmatchcase(lowered, pattern) for pattern in SIDE_FILES)
     return wanted and not lowered.endswith(NEVER) and name != MANIFEST
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor of that name holds the tokens' embeddings."""
+    return any(f".{tensor}".endswith(f".{name}.weight") for name in EMBEDDINGS)
 
 
 def weight_map(folder: Path) -> dict[str, str]:

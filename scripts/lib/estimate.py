@@ -141,6 +141,11 @@ def small_needs() -> Needs:
     return Needs(mem_mb=500, disk_mb=1, runtime=5)
 
 
+def check_base_needs() -> Needs:
+    """Two Pythons with torch and transformers, ours and the converter's; of the weights only headers are read."""
+    return Needs(mem_mb=_mb(2 * INTERPRETER_BYTES), disk_mb=20, runtime=5)
+
+
 def import_needs(model: Model) -> Needs:
     """An adapter is there already, so its size is known; its weights are copied and hashed in blocks."""
     if model.adapter is None or model.adapter.path is None:

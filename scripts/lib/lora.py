@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_folder import CONFIG, WEIGHTS
+from lib.checkpoint import EMBEDDINGS
 from lib.errors import ModelmillError
 from lib.jsonfile import read_json
 from lib.safetensors_file import StoredTensor, read_header
 
 PREFIX = "base_model.model."
 # Modules that hold the vocabulary, by the last part of their name; peft may save them whole beside a LoRA.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 HEAD = "lm_head"
 
 # Every field of peft 0.21.2's LoraConfig stands in one of these three; a field in none is refused.

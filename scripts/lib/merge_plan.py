@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_folder import CONFIG
-from lib.lora import EMBEDDINGS, HEAD, LoraError, LowRank, Update
+from lib.checkpoint import is_embedding
+from lib.lora import HEAD, LoraError, LowRank, Update
 from lib.safetensors_file import StoredTensor
 
 UNCHANGED = Update()
@@ -78,7 +79,7 @@ def plan_merge(
         LoraError: listing every update that fits nothing, or not in shape, and every target without a pair.
     """
     tensors, updates, changes, problems = dict(base), dict(updates), {}, []
-    embedding = next((name for name in base if _is_embedding(name)), None)
+    embedding = next((name for name in base if is_embedding(name)), None)
     # Some models' config.json leaves the default of their class unsaid: then the head is tied if it is not stored.
     if embedding is not None and config.get("tie_word_embeddings", HEAD_WEIGHT not in base):
         problems += _settle_pair(tensors, updates, changes, embedding)
@@ -93,7 +94,7 @@ def plan_merge(
         MergedTensor(name, _shape(tensor, updates.get(name, UNCHANGED)), tensor, updates.get(name, UNCHANGED))
         for name, tensor in tensors.items()
     ]
-    vocabulary = {each.rows for each in merged if _is_embedding(each.name) or each.name == HEAD_WEIGHT}
+    vocabulary = {each.rows for each in merged if is_embedding(each.name) or each.name == HEAD_WEIGHT}
     if len(vocabulary) > 1:
         problems.append(f"  embedding and output head would have unlike numbers of rows: {sorted(vocabulary)}")
     elif embedding is not None and vocabulary != {base[embedding].rows}:
@@ -137,10 +138,6 @@ def _is_counted(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
     return not beyond and not tensor.name.startswith("mtp.")
 
 
-def _is_embedding(name: str) -> bool:
-    return any(f".{name}".endswith(f".{embedding}.weight") for embedding in EMBEDDINGS)
-
-
 def _unties(update: Update) -> bool:
     """Whether an update of the embedding or the head leaves the other of a tied pair as it was."""
     return (update.replaced is not None and not update.tied) or update.low_rank is not None
@@ -156,7 +153,7 @@ def _misfits(name: str, update: Update, tensors: Mapping[str, StoredTensor]) -> 
     if tensor is None:
         return [f"  {name}: the base has no such tensor"]
     shape, problems = _shape(tensor, update), []
-    resizable = _is_embedding(name) or name == HEAD_WEIGHT
+    resizable = is_embedding(name) or name == HEAD_WEIGHT
     if shape != tensor.shape and not (resizable and shape[1:] == tensor.shape[1:]):
         problems.append(f"  {name}: {tensor.shape} in the base, {shape} in the adapter")
     if update.low_rank is not None and shape != _implied(update.low_rank):
