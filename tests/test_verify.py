@@ -164,13 +164,13 @@ def test_the_chain_is_told_in_lines(chain: Path) -> None:
     size = (chain / Q4).stat().st_size / 1e6
     sha256 = {name: hashlib.sha256((chain / name).read_bytes()).hexdigest()[:12] for name in (Q4, F16)}
     assert done.stderr.splitlines() == [
-        f"{Q4}: gguf, {size:.1f} MB, sha256 {sha256[Q4]}…, q4_k_m, by llama.cpp {LLAMA_CPP}",
-        f"  from the source m.f16.gguf {sha256[F16]}…, f16, by llama.cpp {LLAMA_CPP}: see {F16}.json",
-        f"  from the merged {digest(MERGED)}…, merged in float32 onto the original weights, rounded once to float16: "
-        f"see {chain / MERGED / NAME}",
+        f"{Q4}: GGUF, {size:.1f} MB, sha256 {sha256[Q4]}…, q4_k_m, by llama.cpp {LLAMA_CPP}",
+        f"  from the 16-bit GGUF m.f16.gguf {sha256[F16]}…, f16, by llama.cpp {LLAMA_CPP}: see {F16}.json",
+        f"  from the merged checkpoint {digest(MERGED)}…, merged in float32 onto the original weights, "
+        f"rounded once to float16: see {MERGED}/{NAME}",
         f"  from the adapter {digest(ADAPTER)}…, trained on talks.jsonl dddddddddddd…; method qlora; "
-        f"peft 0.21.2, torch 2.13.0: see {chain / ADAPTER / NAME}",
-        f"  from the base {digest(BASE)}…, maker/model (hub, revision {'c' * 40}): see {chain / BASE / NAME}",
+        f"peft 0.21.2, torch 2.13.0: see {ADAPTER}/{NAME}",
+        f"  from the base {digest(BASE)}…, maker/model (hub, revision {'c' * 40}): see {BASE}/{NAME}",
         "  ok",
     ]
     assert done.returncode == 0
@@ -413,6 +413,29 @@ def test_manifests_in_each_others_places(chain: Path) -> None:
     assert "adapter_model.safetensors: not in the manifest" in problems(chain / ADAPTER)
 
 
+def test_an_edited_list_of_files_seen_from_what_was_made_of_them(chain: Path) -> None:
+    rewrite_manifest(chain / ADAPTER, lambda listed: listed["files"]["adapter_model.safetensors"].update(size=1))
+    for name in (MERGED, F16, Q4):
+        (found,) = problems(chain / name)
+        assert found.endswith(f"{ADAPTER}/{NAME} was changed: its digest is not that of the files that it lists")
+
+
+@pytest.mark.parametrize("name", [ADAPTER, MERGED, Q4])
+def test_a_copy_among_strangers_is_not_held_against_them(name: str, chain: Path, tmp_path: Path) -> None:
+    """Only where the workflow puts an artifact do its neighbours have to be those that it was made from."""
+    place = tmp_path / "stick/given" / Path(name).name
+    place.parent.mkdir(parents=True)
+    if (chain / name).is_dir():
+        shutil.copytree(chain / name, place)
+    else:
+        for ending in ("", ".json"):
+            shutil.copy(f"{chain / name}{ending}", place.parent)
+    for model in ("m", "merged", "given", "stick"):
+        for folder in (tmp_path / "stick/bases" / model, tmp_path / "bases" / model):
+            write_folder(folder, {"x": b"x"}, artifact="base", origin={"kind": "hub", "name": "x/y"})
+    assert problems(place) == []
+
+
 def test_another_origin_of_the_same_base(chain: Path) -> None:
     rewrite_manifest(chain / BASE, lambda listed: listed["origin"].update(revision="v2"))
     assert problems(chain / BASE) == [], "nothing but the chain can tell"
@@ -461,6 +484,17 @@ def test_a_gguf_cut_off_anywhere(chain: Path) -> None:
         assert len(found) == 2 and ("cut off or damaged" in found[1] or "no GGUF file" in found[1]), (size, found)
 
 
+def test_a_damaged_length_in_a_gguf_ends_at_the_end_of_the_file(chain: Path) -> None:
+    path = chain / Q4
+    content, key = path.read_bytes(), b"tokenizer.ggml.token_type"
+    at = content.index(key) + len(key) + 8  # behind the key: what it is, of what, and how many
+    assert content[at : at + 8] == (3).to_bytes(8, "little")
+    path.write_bytes(content[:at] + (1 << 50).to_bytes(8, "little") + content[at + 8 :])
+    (_, found) = problems(path)
+    assert "cut off or damaged: it ends before byte" in found
+
+
+@pytest.mark.slow
 def test_any_flipped_byte_of_a_gguf_without_a_manifest_ends_in_plain_words(chain: Path) -> None:
     Path(f"{chain / Q4}.json").unlink()
     path = chain / Q4
@@ -483,7 +517,7 @@ def test_a_gguf_without_a_manifest_tells_what_it_says_of_itself(chain: Path) -> 
 
 def test_a_modelfile_stands_for_its_weights(chain: Path) -> None:
     done = verify("models/m.Modelfile", Q4, folder=chain)
-    assert (done.returncode, done.stderr.count(f"{Q4}: gguf")) == (0, 1), "the same file is checked once"
+    assert (done.returncode, done.stderr.count(f"{Q4}: GGUF")) == (0, 1), "the same file is checked once"
     assert "named by models/m.Modelfile, which has no manifest of its own and was not checked" in done.stderr
     flip(chain / Q4)
     assert verify("models/m.Modelfile", folder=chain).returncode == 1
@@ -554,6 +588,7 @@ def test_an_artifact_of_another_kind_is_checked_by_its_files(tmp_path: Path) -> 
         (["models"], "models holds no MANIFEST.json"),
         ([f"{MERGED}/config.json"], "it may be a part of models/m/merged: give that folder"),
         (["notes.txt"], "notes.txt has no manifest notes.txt.json beside it"),
+        (["pipe.gguf"], "pipe.gguf has no manifest pipe.gguf.json beside it"),
         (["ollama.Modelfile"], "names no GGUF file: its FROM is llama3"),
         (["--manifest", f"{BASE}/{NAME}", BASE, ADAPTER], "--manifest is of one folder"),
         (["--manifest", "none.json", BASE], "none.json: not there"),
@@ -563,6 +598,7 @@ def test_an_artifact_of_another_kind_is_checked_by_its_files(tmp_path: Path) -> 
 )
 def test_wrong_use(arguments: list[str], said: str, chain: Path) -> None:
     (chain / "notes.txt").touch()
+    os.mkfifo(chain / "pipe.gguf")
     (chain / "ollama.Modelfile").write_text("FROM llama3\n")
     done = verify(*arguments, folder=chain)
     assert done.returncode == 2

@@ -60,7 +60,7 @@ def find_artifact(path: Path, *, manifest: Path | None = None) -> Artifact:
         raise NoArtifactError(f"{path} is not there")
     if path.name.endswith("Modelfile"):
         return _weights_of(path)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and path.is_file():
         return Artifact(path, None, is_folder=False)
     part_of = f"; it may be a part of {path.parent}: give that folder" if is_there(path.parent / NAME) else ""
     raise NoArtifactError(f"{path} has no manifest {file_manifest(path).name} beside it{part_of}")

@@ -14,6 +14,8 @@ from lib.provenance import merge_policy
 
 # What an artifact can be made from, with the kind of artifact that it is itself; nearest first.
 ROLES = {"source": "gguf", "merged": "merged", "adapter": "adapter", "base": "base"}
+# What people read for those whose own name says too little.
+TITLES = {"gguf": "GGUF", "merged": "merged checkpoint", "source": "16-bit GGUF"}
 # What the origin of each kind has to name.
 NEEDED = {"gguf": ("type", "llama_cpp"), "merged": ("base", "merge"), "adapter": ("base",), "base": ("kind", "name")}
 # Where the workflow keeps the manifest of each.
@@ -88,7 +90,12 @@ def metadata_source(origin: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
 
 
 def usual_manifest(path: Path, *, artifact: str, link: Link) -> Path | None:
-    """Where the workflow keeps the manifest of a link; None if the artifact does not lie where the workflow puts it."""
+    """
+    Where the workflow keeps the manifest of a link, relative to the working directory if `path` is.
+
+    Returns:
+        None if the artifact does not lie where the workflow puts it.
+    """
     place = Path(os.path.abspath(path))
     if link.role == "source":
         return path.with_name(f"{link.name}.json")
@@ -98,7 +105,10 @@ def usual_manifest(path: Path, *, artifact: str, link: Link) -> Path | None:
         "adapter": (place.name, place.parent, "adapters"),
         "base": (place.name, place.parent, "bases"),
     }[artifact]
-    return home.parent / PLACES[link.role].format(model=model) / NAME if home.name == expected else None
+    if home.name != expected:
+        return None
+    manifest = home.parent / PLACES[link.role].format(model=model) / NAME
+    return manifest if path.is_absolute() else Path(os.path.relpath(manifest))
 
 
 def compare_link(link: Link, manifest: Path) -> list[str]:

@@ -22,7 +22,18 @@ from lib.manifest import (
     read_manifest,
     size_problem,
 )
-from lib.origin import ROLES, Chain, Link, compare_link, metadata_source, read_chain, short, tell_origin, usual_manifest
+from lib.origin import (
+    ROLES,
+    TITLES,
+    Chain,
+    Link,
+    compare_link,
+    metadata_source,
+    read_chain,
+    short,
+    tell_origin,
+    usual_manifest,
+)
 from lib.outputs import ALSO_OURS
 from lib.provenance import compare_metadata, gguf_metadata
 
@@ -199,7 +210,7 @@ def _config_problems(folder: Path, kind: str, origin: dict[str, Any]) -> Iterato
 def _tell(report: Report, kind: str, facts: str, described: dict[str, Any], chain: Chain) -> None:
     """The lines of an artifact and of what it was made from."""
     about = "" if chain.problems else tell_origin(described["origin"] or {}, artifact=kind)
-    report.lines[0] = ": ".join([report.lines[0], ", ".join(filter(None, [kind, facts, about]))])
+    report.lines[0] = ": ".join([report.lines[0], ", ".join(filter(None, [TITLES.get(kind, kind), facts, about]))])
     report.problems += chain.problems
 
 
@@ -209,11 +220,13 @@ def _check_chain(path: Path, kind: str, chain: Chain, report: Report) -> None:
     for link in chain.links:
         if (link.role, link.digest) in told:
             continue
-        told.add((link.role, link.digest))
+        told.add((link.role, link.digest))  # a base that the chain names twice is told once
         manifest = usual_manifest(path, artifact=kind, link=link)
         here = manifest is not None and is_there(manifest)
         about = "" if chain.problems else tell_origin(link.origin, artifact=ROLES[link.role])
-        named = " ".join(filter(None, [f"  from the {link.role}", link.name, short(link.digest)]))
+        named = " ".join(
+            filter(None, [f"  from the {TITLES.get(link.role, link.role)}", link.name, short(link.digest)])
+        )
         report.lines.append(f"{', '.join(filter(None, [named, about]))}: {f'see {manifest}' if here else 'not here'}")
         report.problems += _link_problems(link, manifest) if here else []
 
