@@ -54,6 +54,14 @@ def test_files_are_described_in_the_order_of_their_names(threads: int, tmp_path:
     assert described["b.bin"] == {"size": 6, "sha256": hashlib.sha256(b"second").hexdigest()}
 
 
+def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
+    """In a file of 20 GB as well, not only between files."""
+    (tmp_path / "x").write_bytes(bytes(2 * BLOCK_BYTES + 5))
+    steps: list[int] = []
+    sha256_file(tmp_path / "x", advance=steps.append)
+    assert steps == [BLOCK_BYTES, BLOCK_BYTES, 5]
+
+
 def test_the_same_content_has_the_same_manifest_anywhere(tmp_path: Path) -> None:
     for name in ("here", "elsewhere/deep"):
         write(fill(tmp_path / name), origin={"kind": "hub"})
@@ -101,6 +109,28 @@ def test_a_damaged_manifest(content: str, tmp_path: Path) -> None:
     (folder / NAME).write_text(content)
     with pytest.raises(ManifestError, match=NAME):
         identify_folder(folder, None, artifact="base", names=names, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"../a.bin": {"size": 5, "sha256": "0" * 64}}, "'../a.bin' is no file of this folder"),
+        ({"/etc/hostname": {"size": 5, "sha256": "0" * 64}}, "'/etc/hostname' is no file of this folder"),
+        ({"a.bin": 5}, "a.bin: expected its size and sha256, found 5"),
+        ({"a.bin": {"size": "5", "sha256": "0" * 64}}, "a.bin: expected its size and sha256"),
+        ({"a.bin": {"size": 5, "sha256": "short"}}, "a.bin: expected its size and sha256"),
+        (["a.bin"], "files: expected size and sha256 of each file, found ['a.bin']"),
+    ],
+)
+def test_a_list_of_files_that_makes_no_sense(facts: object, said: str, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x")
+    write(folder)
+    manifest = json.loads((folder / NAME).read_text())
+    (folder / NAME).write_text(json.dumps({**manifest, "files": facts, "digest": 1}))
+    with pytest.raises(ManifestError) as refused:
+        read_folder_manifest(folder, artifact="base")
+    assert said in str(refused.value)
+    assert "digest: expected 64 hex digits, found 1" in str(refused.value), "all of it at once"
 
 
 def test_no_manifest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib.modelfile import ModelfileError, render_modelfile
+from lib.modelfile import ModelfileError, named_weights, render_modelfile
 
 STATEMENT = re.compile(
     r'(FROM|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S
@@ -132,3 +132,17 @@ def test_wrong_parameters_on_the_command_line(parameters: str, said: str, tmp_pa
     assert done.returncode == 2
     assert "--parameters" in done.stderr and said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (render_modelfile(gguf_name="m.q4_k_m.gguf", system="FROM x", parameters={}, stops=[]), "./m.q4_k_m.gguf"),
+        ("# a remark\n\nfrom  llama3 \nSYSTEM x", "llama3"),
+        ("PARAMETER temperature 1\n", None),
+        ("FROM", None),
+        ("", None),
+    ],
+)
+def test_the_weights_that_a_modelfile_names(text: str, named: str | None) -> None:
+    assert named_weights(text) == named

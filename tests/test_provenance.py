@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gguf import Metadata
 
-from lib.provenance import gguf_metadata
+from lib.provenance import compare_metadata, gguf_metadata
 
 BASE = {"digest": "b" * 64, "origin": {"kind": "hub", "name": "maker/model", "revision": "c" * 40}}
 DATA = {"name": "talks.jsonl", "size": 10, "sha256": "d" * 64}
@@ -108,6 +108,35 @@ def test_a_model_card_says_nothing(tmp_path: Path) -> None:
     plain = understood(checkpoint(tmp_path / "x"), metadata())
     found = understood(checkpoint(tmp_path / "carded", card=CARD), metadata())
     assert {**found, "license": None} == plain
+
+
+def test_what_a_file_tells_is_compared_with_the_chain() -> None:
+    told = {
+        "general.name": "any",
+        "general.description": metadata()["general.description"],
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "maker/model",
+        "general.base_model.0.version": "c" * 40,
+        "general.base_model.0.description": f"sha256:{'b' * 64}",
+        "general.dataset.count": 1,
+        "general.dataset.0.name": "talks.jsonl",
+        "general.dataset.0.description": f"sha256:{'d' * 64}",
+    }
+    assert compare_metadata(told, metadata()) == []
+    for key in set(told) - {"general.name"}:
+        assert compare_metadata({**told, key: "x"}, metadata())[0].startswith(
+            f"{key}: the file says 'x', its manifest "
+        )
+        lost = {name: value for name, value in told.items() if name != key}
+        assert compare_metadata(lost, metadata())[0].startswith(f"{key}: the file says nothing, its manifest ")
+
+
+def test_a_bases_own_card_may_name_data() -> None:
+    """The converter takes it from there, and no manifest knows of it."""
+    told = {"general.description": "llama.cpp 0c1e57098b", "general.dataset.0.name": "someone/data"}
+    told |= {"general.base_model.count": 1, "general.base_model.0.name": "maker/model"}
+    told |= {"general.base_model.0.version": "c" * 40, "general.base_model.0.description": f"sha256:{'b' * 64}"}
+    assert compare_metadata(told, metadata(BASE, "base")) == []
 
 
 def test_the_same_origin_is_the_same_text() -> None:

@@ -36,8 +36,18 @@ def open_gguf(path: Path) -> GGUFReader:
         magic = file.read(4)
     if magic != b"GGUF":
         raise GgufError(f"{path} is no GGUF file: it begins with {magic!r}")
+
+    class WithinFile(GGUFReader):
+        """Refuses to read behind the end, where a damaged length would keep the plain reader busy for hours."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) != count:
+                raise ValueError(f"it ends before byte {offset + int(count) * values.itemsize}")
+            return values
+
     try:
-        reader = GGUFReader(path)
+        reader = WithinFile(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise GgufError(f"{path} is cut off or damaged: {error}") from error
     end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
@@ -51,6 +61,20 @@ def gguf_value(reader: GGUFReader, key: str) -> Any:
     """The value of a metadata key, or None."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
+
+
+def general_metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:
+    """
+    Every `general.*` key of a file with its value.
+
+    Raises:
+        GgufError: a text that is no UTF-8, or an empty value.
+    """
+    keys = [key for key in reader.fields if key.startswith("general.")]
+    try:
+        return {key: gguf_value(reader, key) for key in keys}
+    except (ValueError, IndexError) as error:
+        raise GgufError(f"{path} has damaged metadata: {error}") from error
 
 
 def token_text(reader: GGUFReader, token: int) -> str:

@@ -36,6 +36,12 @@ def render_modelfile(*, gguf_name: str, system: str | None, parameters: Mapping[
     return "\n".join(lines) + "\n"
 
 
+def named_weights(text: str) -> str | None:
+    """What a Modelfile's FROM names: a file beside it, or a model of Ollama's."""
+    lines = (line.split(maxsplit=1) for line in text.splitlines())
+    return next((words[1].strip() for words in lines if len(words) == 2 and words[0].upper() == "FROM"), None)
+
+
 def _parameter_lines(parameters: Mapping[str, Any], stops: list[str]) -> Iterator[str]:
     for name, value in sorted(parameters.items()):
         if name != "stop":

@@ -6,6 +6,8 @@ from typing import Any
 
 # llama.cpp's converter guesses these from the folder's name and README; null takes the guess out.
 GUESSED = ("author", "version", "organization", "finetune", "basename", "quantized_by", "license.name", "license.link")
+# Lists of a `--metadata` file, and how the keys begin that the converter makes of their entries.
+NUMBERED = {"general.base_models": "general.base_model", "general.datasets": "general.dataset"}
 
 
 def gguf_metadata(source: dict[str, Any], *, artifact: str, name: str, llama_cpp_commit: str) -> dict[str, Any]:
@@ -29,8 +31,7 @@ def gguf_metadata(source: dict[str, Any], *, artifact: str, name: str, llama_cpp
     parts = []
     if adapter:
         parts.append(f"LoRA adapter sha256:{adapter['digest']}")
-        policy = origin["merge"]
-        parts.append(f"merged in float32 onto the {policy['base_weights']} weights, rounded once to {policy['dtype']}")
+        parts.append(merge_policy(origin["merge"]))
         data = (adapter.get("origin") or {}).get("data")
         metadata["general.datasets"] = (
             [{"name": data["name"], "description": f"sha256:{data['sha256']}"}] if data else None
@@ -38,6 +39,41 @@ def gguf_metadata(source: dict[str, Any], *, artifact: str, name: str, llama_cpp
     parts.append(f"llama.cpp {llama_cpp_commit}")
     metadata["general.description"] = "; ".join(parts)
     return metadata
+
+
+def merge_policy(policy: dict[str, Any]) -> str:
+    """In words, how the adapter was merged."""
+    return f"merged in float32 onto the {policy['base_weights']} weights, rounded once to {policy['dtype']}"
+
+
+def compare_metadata(found: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+    """
+    Where a GGUF's own keys tell another origin than its manifest.
+
+    Args:
+        found: key → value of the file; keys that tell no origin do not count.
+        metadata: as `gguf_metadata` makes it of the manifest's origin.
+    """
+    expected = {"general.description": metadata["general.description"]}
+    told = ["general.description"]
+    for plural, key in NUMBERED.items():
+        if plural not in metadata:  # left to the converter, which may take it from a model card
+            continue
+        entries = metadata[plural] or []
+        expected |= {
+            f"{key}.{number}.{name}": text for number, each in enumerate(entries) for name, text in each.items()
+        }
+        expected |= {f"{key}.count": len(entries)} if entries else {}
+        told += [name for name in found if name.startswith(f"{key}.")]
+    return [
+        f"{key}: the file says {_quoted(found.get(key))}, its manifest {_quoted(expected.get(key))}"
+        for key in sorted({*told, *expected})
+        if found.get(key) != expected.get(key)
+    ]
+
+
+def _quoted(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
 
 
 def _base_model(base: dict[str, Any]) -> dict[str, str]:
