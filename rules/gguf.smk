@@ -68,11 +68,13 @@ rule quantize_gguf:
         python=interpreter,
         script=script("quantize_gguf.py"),
         code=code_digest("quantize_gguf.py"),
+        settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
         llama_cpp=llama_cpp_options(),
     shell:
         "{params.python} {params.script:q}"
         " --source {input.gguf:q}"
         " --quant {wildcards.quant}"
+        " {params.settings}"
         " --output {output.gguf:q}"
         " {params.llama_cpp}"
         " --log {log:q}"

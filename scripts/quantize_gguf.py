@@ -7,44 +7,54 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lib.cli import run_script, script_parser
+from lib.cli import UsageError, run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import count_types, open_gguf
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
+from lib.options import add_settings, settings_from
 from lib.outputs import finished_file
 from lib.process import run_program
 from lib.quant_types import BUILDABLE_TYPES
+from lib.tensor_types import TensorTypes, pattern_problems, quantizer_options, refuse_unmatched
+from lib.typed import build, plain
 
 
-def quantize_gguf(*, source: Path, quant: str, output: Path, llama_cpp: LlamaCpp, threads: int) -> dict[str, Any]:
+def quantize_gguf(
+    *, source: Path, quant: str, tensor_types: TensorTypes, output: Path, llama_cpp: LlamaCpp, threads: int
+) -> dict[str, Any]:
     """
     Write `output` and its manifest; its bytes do not depend on the number of threads.
 
     Args:
         source: GGUF file of 16-bit weights with its manifest beside it.
         quant: one of llama.cpp's types, in lower case.
+        tensor_types: what single tensors get instead.
 
     Returns:
         The manifest of the file.
 
     Raises:
         ManifestError: the source is not whole.
+        TensorTypeError: a pattern of `tensor_types` matches no tensor.
         ProgramError: llama-quantize failed.
         GgufError: what it wrote is not whole.
     """
     origin = read_file_manifest(source)
+    if tensor_types.tensor_type:
+        names = [tensor.name for tensor in open_gguf(source).tensors]
+        refuse_unmatched(tensor_types.tensor_type, names=names, source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
     with finished_file(output) as partial:
-        command = [llama_cpp.tool("llama-quantize"), source, partial, quant.upper(), str(threads)]
+        options = quantizer_options(tensor_types)
+        command = [llama_cpp.tool("llama-quantize"), *options, source, partial, quant.upper(), str(threads)]
         _run_quantizer(command, output=partial)
         types = count_types(open_gguf(partial))
         facts = describe_file(partial)
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
     made_from = {key: origin[key] for key in ("name", "sha256", "origin")}
-    return write_file_manifest(
-        output, facts=facts, origin={"source": made_from, "llama_cpp": llama_cpp.commit, "type": quant}
-    )
+    made_by = {"llama_cpp": llama_cpp.commit, "type": quant, "tensor_types": plain(tensor_types)}
+    return write_file_manifest(output, facts=facts, origin={"source": made_from, **made_by})
 
 
 def _run_quantizer(command: list[str | Path], *, output: Path) -> None:
@@ -67,12 +77,16 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
     parser.add_argument("--quant", choices=BUILDABLE_TYPES, default="q4_k_m", help="type of the quantized weights")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the quantized GGUF file")
+    add_settings(parser, "quantize", without=("types",))
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:
+        if problems := pattern_problems(arguments.tensor_type):
+            raise UsageError("\n".join(f"--tensor-type: {problem}" for problem in problems))
         quantize_gguf(
             source=arguments.source,
             quant=arguments.quant,
+            tensor_types=build(TensorTypes, settings_from(arguments, "quantize")),
             output=arguments.output,
             llama_cpp=llama_cpp_from(arguments),
             threads=arguments.threads,

@@ -158,6 +158,10 @@ TABLE = {
         set_in_config("models", "tiny", "quantize", "types", value=["q5_k_m"]),
         Q5_K_M,
     ),
+    "the type of some tensors": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "q8_0"}),
+        QUANTIZED | BASE_QUANTIZED,
+    ),
     "the shard size": (set_in_config("models", "tiny", "merge", "max_shard_size", value=2), MERGED),
     "the learning rate": (
         set_in_config("models", "tiny", "adapter", "train", "learning_rate", value=0.02),

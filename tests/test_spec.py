@@ -16,6 +16,7 @@ from tiny_adapter import CONFIG, WEIGHTS, write_constants
 from lib import spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
+from lib.tensor_types import TensorTypes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +71,12 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
     kinds = [
         kind for module in (spec, train_settings) for kind in vars(module).values() if dataclasses.is_dataclass(kind)
     ]
-    fields = {(kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.metadata}
+    fields = {
+        (kind.__name__, field.name)
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if not field.metadata.get("setting", True)
+    }
     assert fields == {("Train", "method_reason")}
 
 
@@ -199,6 +205,25 @@ def test_missing_files_are_listed_together() -> None:
     assert "models.m.adapter.train.eval_data: there is no file neither.jsonl" in lines
     assert "models.m.smoke.questions: there is no file nothing.jsonl" in lines
     assert problems(base={"gguf": "no.gguf", "shape": SHAPE}) == ["models.m.base.gguf: there is no file no.gguf"]
+
+
+def test_types_of_single_tensors() -> None:
+    quantize = resolve(quantize={"pure": True, "tensor_type": {"attn_v": "q8_0", "attn": "q5_k"}}).models["m"].quantize
+    assert (quantize.types, quantize.pure, quantize.output_tensor_type) == (("q4_k_m",), True, None)
+    handed = quantize.tensor_types
+    assert type(handed) is TensorTypes and list(handed.tensor_type) == ["attn_v", "attn"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"attn_(v": "q8_0"}, "models.m.quantize.tensor_type: 'attn_(v' is no valid regular expression"),
+        ({"attn_v": "iq2_xs"}, "models.m.quantize.tensor_type.attn_v: iq2_xs needs an importance matrix"),
+    ],
+)
+def test_types_of_single_tensors_that_cannot_be(chosen: dict[str, str], said: str) -> None:
+    (line,) = problems(quantize={"tensor_type": chosen})
+    assert line.startswith(said)
 
 
 @pytest.mark.parametrize(

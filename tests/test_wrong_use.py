@@ -69,6 +69,21 @@ TABLE: dict[str, tuple[Edit, list[str], list[str]]] = {
         [GGUF],
         ["models.tiny.quantize.types", "unknown type 'q4_k_l'", "did you mean"],
     ),
+    "unknown tensor type": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "q6k"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type.attn_v: 'q6k' is none of", "did you mean 'q6_k'?"],
+    ),
+    "pattern that is none": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_(v": "q6_k"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type: 'attn_(v' is no valid regular expression"],
+    ),
+    "tensor type that needs a matrix": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "iq2_xs"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type.attn_v: iq2_xs needs an importance matrix"],
+    ),
     "heatmap target": (nothing, ["models/tiny.onnx"], ["heatmap models only", "tiny is a language model"]),
     "misspelt keys": (
         set_in_config(*TRAIN, "lora", value={"lora_aplha": 8, "rank": 4}),
