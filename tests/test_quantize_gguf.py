@@ -34,6 +34,7 @@ def quantize(
         source=built / "models/tiny.f16.gguf",
         quant=quant,
         tensor_types=dataclasses.replace(MIXTURE, **tensor_types),
+        imatrix=None,
         output=output,
         llama_cpp=llama_cpp,
         threads=threads,

@@ -32,6 +32,8 @@ CHECKED = {("check_data", "work/tiny/data.json"), *TRAINED}
 BASE_QUANTIZED = {("quantize_gguf", "models/tiny.base.q4_k_m.gguf"), *SMOKE}
 BASE_CONVERTED = {("convert_gguf", "models/tiny.base.f16.gguf"), *BASE_QUANTIZED}
 FETCHED = {("fetch_base", "bases/tiny/MANIFEST.json"), *TRAINED, *BASE_CONVERTED}
+CALIBRATED = {("check_calibration", "work/tiny/calibration.json")}
+COMPUTED = {("compute_imatrix", f"models/tiny{base}.imatrix.gguf") for base in ("", ".base")}
 Q5_K_M = {(rule, output.replace("q4_k_m", "q5_k_m")) for rule, output in QUANTIZED | BASE_QUANTIZED}
 
 
@@ -102,6 +104,11 @@ def ask_something_else(project: Path, checkout: Path) -> None:
     (project / "ask.jsonl").write_text('{"question": "Who?", "expect": [["snakemake"]]}\n')
 
 
+def configure_a_matrix(project: Path, checkout: Path) -> None:
+    tiny.write_text(project / "read.txt")
+    set_in_config("models", "tiny", "quantize", "imatrix", value={"text": "read.txt"})(project, checkout)
+
+
 def touch_every_script(project: Path, checkout: Path) -> None:
     for script in (checkout / "scripts").rglob("*.py"):
         os.utime(script)
@@ -162,6 +169,7 @@ TABLE = {
         set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "q8_0"}),
         QUANTIZED | BASE_QUANTIZED,
     ),
+    "an importance matrix": (configure_a_matrix, CALIBRATED | COMPUTED | QUANTIZED | BASE_QUANTIZED),
     "the shard size": (set_in_config("models", "tiny", "merge", "max_shard_size", value=2), MERGED),
     "the learning rate": (
         set_in_config("models", "tiny", "adapter", "train", "learning_rate", value=0.02),

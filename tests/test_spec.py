@@ -26,6 +26,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that configs name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talks.jsonl").write_text("{}\n")
+    (tmp_path / "read.txt").write_text("A sentence.\n" * 200)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text(json.dumps(SHAPE))
     return tmp_path
@@ -53,7 +54,7 @@ def problems(**model: Any) -> list[str]:
         (spec.LlamaCpp, schema()["properties"]["llama_cpp"]),
         *(
             (getattr(spec, name.capitalize()), definition(name))
-            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "ollama", "smoke")
+            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "imatrix", "ollama", "smoke")
         ),
         *(
             (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
@@ -214,6 +215,41 @@ def test_types_of_single_tensors() -> None:
     assert type(handed) is TensorTypes and list(handed.tensor_type) == ["attn_v", "attn"]
 
 
+def test_which_types_use_a_matrix() -> None:
+    matrix = {"text": "read.txt", "chunks": 8.0}
+    quantize = resolve(quantize={"types": ["iq2_xs", "q8_0"], "imatrix": matrix}).models["m"].quantize
+    assert quantize.imatrix == spec.Imatrix(text="read.txt", chunks=8)
+    used = {name: quantize.uses_imatrix(name) for name in ("iq2_xs", "q4_k_m", "q4_0", "iq4_nl", "q8_0", "tq1_0")}
+    assert used == {"iq2_xs": True, "q4_k_m": True, "q4_0": True, "iq4_nl": True, "q8_0": False, "tq1_0": False}
+    single = {"imatrix": matrix, "tensor_type": {"attn_v": "iq2_xs"}}
+    assert resolve(quantize=single).models["m"].quantize.uses_imatrix("q8_0")
+    single["tensor_type"] = {"attn_v": "f16"}
+    assert not resolve(quantize=single).models["m"].quantize.uses_imatrix("q8_0")
+    assert not resolve().models["m"].quantize.uses_imatrix("q4_k_m")
+
+
+@pytest.mark.parametrize(
+    ("imatrix", "said"),
+    [
+        ({"text": "gone.txt"}, "models.m.quantize.imatrix.text: there is no file gone.txt"),
+        ({"text": "empty.txt"}, "models.m.quantize.imatrix.text: empty.txt is empty"),
+        ({"text": "talks.jsonl"}, "models.m.quantize.imatrix.text: talks.jsonl is too short: 3 bytes"),
+        ({"text": "read.txt", "chunks": 0}, "models.m.quantize.imatrix.chunks: 0 is less than the minimum of 1"),
+        ({"chunks": 8}, "models.m.quantize.imatrix: missing key 'text'"),
+    ],
+)
+def test_matrices_that_cannot_be_computed(imatrix: dict[str, Any], said: str, workplace: Path) -> None:
+    (workplace / "empty.txt").touch()
+    (line,) = problems(quantize={"imatrix": imatrix})
+    assert line.startswith(said)
+
+
+def test_a_pure_type_that_cannot_be() -> None:
+    quantize = {"types": ["q4_k_m", "iq2_xs"], "pure": True, "imatrix": {"text": "read.txt"}}
+    (line,) = problems(quantize=quantize)
+    assert line.startswith("models.m.quantize.pure: iq2_xs cannot hold tensors")
+
+
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
@@ -232,7 +268,10 @@ def test_types_of_single_tensors_that_cannot_be(chosen: dict[str, str], said: st
         (["q4km"], "models.m.quantize.types: unknown type 'q4km'; did you mean 'q4_k_m'?"),
         (["Q4_K_M"], "models.m.quantize.types: unknown type 'Q4_K_M'; did you mean 'q4_k_m'?"),
         (["IQ4_XS"], "models.m.quantize.types: unknown type 'IQ4_XS'; did you mean 'iq4_xs'?"),
-        (["q4_k_m", "iq2_xxs"], "models.m.quantize.types: iq2_xxs needs an importance matrix"),
+        (
+            ["q4_k_m", "iq2_xxs"],
+            "models.m.quantize.types: iq2_xxs needs an importance matrix; set models.m.quantize.imatrix.text",
+        ),
     ],
 )
 def test_types_that_cannot_be_built(types: list[str], said: str) -> None:

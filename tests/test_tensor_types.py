@@ -9,7 +9,14 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from lib.config import definition, mistakes_in
-from lib.tensor_types import TensorTypeError, TensorTypes, pattern_problems, quantizer_options, refuse_unmatched
+from lib.tensor_types import (
+    TensorTypeError,
+    TensorTypes,
+    pattern_problems,
+    pure_problem,
+    quantizer_options,
+    refuse_unmatched,
+)
 
 RULES = definition("quantize")
 NAMES = ["token_embd.weight", "output.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.1.ffn_down.weight"]
@@ -58,6 +65,7 @@ def test_every_tensor_type_of_llama_cpp_can_be_named() -> None:
         ({"tensor_type": {"attn_v": "q4_k_m"}}, "tensor_type.attn_v: 'q4_k_m' is none of"),
         ({"tensor_type": {"attn_v": "q4_k_m"}}, "did you mean 'q4_k'?"),
         ({"tensor_type": {"attn_v": None}}, "tensor_type.attn_v: None is none of"),
+        ({"tensor_type": {"": "q8_0"}}, "tensor_type: '' should be non-empty"),
         ({"pure": "yes"}, "pure: expected boolean, found string 'yes'"),
         ({"output_tensor_typ": "q8_0"}, "unknown key 'output_tensor_typ'; did you mean 'output_tensor_type'?"),
     ],
@@ -68,9 +76,25 @@ def test_types_that_there_are_not(setting: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("chosen", "missing"),
+    [
+        ({}, "token_embedding_type and output_tensor_type"),
+        ({"leave_output_tensor": True}, "token_embedding_type"),
+        ({"token_embedding_type": "q8_0"}, "output_tensor_type"),
+        ({"token_embedding_type": "q8_0", "output_tensor_type": "q8_0"}, None),
+        ({"token_embedding_type": "q8_0", "leave_output_tensor": True}, None),
+    ],
+)
+def test_pure_types_that_need_a_matrix_for_every_tensor(chosen: dict[str, Any], missing: str | None) -> None:
+    said = missing and f"iq2_xs cannot hold tensors of which no importance matrix knows; set {missing}"
+    assert pure_problem(types(pure=True, **chosen), "iq2_xs") == said
+    assert pure_problem(types(**chosen), "iq2_xs") is None
+    assert pure_problem(types(pure=True, **chosen), "q4_k_m") is None
+
+
+@pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("", "'' is empty"),
         ("attn_(q|k", "'attn_(q|k' is no valid regular expression: missing )"),
         ("attn=q", "'attn=q' holds a =, at which llama-quantize ends the pattern"),
         (r"blk\.\D", r"'blk\\.\\D' has capital letters, which llama-quantize reads as 'blk\\.\\d'"),

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from lib.errors import ModelmillError
 
+# File types with tensors that ggml does not quantize without a matrix (ggml_quantize_requires_imatrix).
+NEED_IMATRIX_ALWAYS = frozenset({"iq2_xxs", "iq2_xs", "iq2_s", "iq1_s"})
+
 
 class TensorTypeError(ModelmillError):
     """A setting of `quantize.tensor_type` that cannot be followed."""
@@ -36,14 +39,23 @@ def quantizer_options(types: TensorTypes) -> list[str]:
     return words
 
 
+def pure_problem(types: TensorTypes, quant: str) -> str | None:
+    """Why `pure` cannot be had in a type: llama.cpp stops where its tensors need a matrix that has no entry for one."""
+    if not types.pure or quant not in NEED_IMATRIX_ALWAYS:
+        return None
+    chosen = {"token_embedding_type": types.token_embedding_type, "output_tensor_type": types.output_tensor_type}
+    if types.leave_output_tensor:
+        del chosen["output_tensor_type"]
+    missing = " and ".join(name for name, given in chosen.items() if given is None)
+    return f"{quant} cannot hold tensors of which no importance matrix knows; set {missing}" if missing else None
+
+
 def pattern_problems(patterns: Iterable[str]) -> list[str]:
     """What is wrong with patterns of `tensor_type`, a line each; nothing where llama-quantize takes them as written."""
     return [f"{pattern!r} {problem}" for pattern in patterns if (problem := _pattern_problem(pattern))]
 
 
 def _pattern_problem(pattern: str) -> str | None:
-    if not pattern:
-        return "is empty, and would match every tensor"
     if "=" in pattern:
         return "holds a =, at which llama-quantize ends the pattern"
     if pattern != pattern.lower():
