@@ -17,9 +17,9 @@ from lib.code import code_digest
 from lib import estimate
 from lib.errors import ModelmillError
 from lib.options import as_options
-from lib.quant_types import BUILDABLE_TYPES, SOURCE_TYPES
+from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.spec import resolve_project, resolved_methods
-from lib.targets import explain_target, final_files, wrong_targets
+from lib.targets import explain_target, final_files, model_names, wrong_targets
 
 try:
     PROJECT = resolve_project(config)
@@ -34,11 +34,11 @@ if workflow.output_settings.dryrun:
 
 
 wildcard_constraints:
-    model="|".join(PROJECT.models),
+    model=model_names(PROJECT),
     base=r"(\.base)?",
     source="|".join(SOURCE_TYPES),
-    quant="|".join(BUILDABLE_TYPES),
-    suffix="|".join(["", *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *BUILDABLE_TYPES))]),
+    quant="|".join(QUANTIZED_TYPES),
+    suffix="|".join(["", *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *QUANTIZED_TYPES))]),
 
 
 def spec(model):
@@ -158,6 +158,23 @@ def merged_folder(wildcards):
 
 def quantize_source(wildcards):
     return f"models/{wildcards.model}{wildcards.base}.{spec(wildcards.model).source_type}.gguf"
+
+
+def imatrix_manifest(wildcards):
+    """The importance matrix's manifest, for the types that take one; to others it is no input, nor a reason to rerun."""
+    return f"{imatrix_file(wildcards)}.json" if spec(wildcards.model).quantize.uses_imatrix(wildcards.quant) else []
+
+
+def imatrix_gguf(wildcards):
+    return ancient(imatrix_file(wildcards)) if imatrix_manifest(wildcards) else []
+
+
+def imatrix_option(wildcards):
+    return f"--imatrix={imatrix_file(wildcards)}" if imatrix_manifest(wildcards) else ""
+
+
+def imatrix_file(wildcards):
+    return f"models/{wildcards.model}{wildcards.base}.imatrix.gguf"
 
 
 def modelfile_gguf(wildcards):

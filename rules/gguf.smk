@@ -47,6 +47,8 @@ rule quantize_gguf:
     input:
         source=lambda w: quantize_source(w) + ".json",
         gguf=lambda w: ancient(quantize_source(w)),
+        imatrix=imatrix_manifest,
+        imatrix_gguf=imatrix_gguf,
         llama_cpp="work/llama_cpp.json",
     output:
         gguf="models/{model}{base}.{quant}.gguf",
@@ -68,11 +70,15 @@ rule quantize_gguf:
         python=interpreter,
         script=script("quantize_gguf.py"),
         code=code_digest("quantize_gguf.py"),
+        settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
+        imatrix=imatrix_option,
         llama_cpp=llama_cpp_options(),
     shell:
         "{params.python} {params.script:q}"
         " --source {input.gguf:q}"
         " --quant {wildcards.quant}"
+        " {params.settings}"
+        " {params.imatrix}"
         " --output {output.gguf:q}"
         " {params.llama_cpp}"
         " --log {log:q}"

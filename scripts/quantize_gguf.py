@@ -5,49 +5,87 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from lib.cli import run_script, script_parser
+from lib.cli import UsageError, run_script, script_parser
 from lib.console import progress, say
-from lib.gguf_file import count_types, open_gguf
+from lib.gguf_file import count_types, open_gguf, put_last
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
+from lib.options import add_settings, settings_from
 from lib.outputs import finished_file
 from lib.process import run_program
-from lib.quant_types import BUILDABLE_TYPES
+from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES
+from lib.tensor_types import TensorTypes, pattern_problems, pure_problem, quantizer_options, refuse_unmatched
+from lib.typed import build, plain
+
+# Where llama-quantize puts these when it reads a file and writes it again.
+LAST_KEYS = ("general.quantization_version", "general.file_type")
 
 
-def quantize_gguf(*, source: Path, quant: str, output: Path, llama_cpp: LlamaCpp, threads: int) -> dict[str, Any]:
+def quantize_gguf(
+    *,
+    source: Path,
+    quant: str,
+    tensor_types: TensorTypes,
+    imatrix: Path | None,
+    output: Path,
+    llama_cpp: LlamaCpp,
+    threads: int,
+) -> dict[str, Any]:
     """
     Write `output` and its manifest; its bytes do not depend on the number of threads.
 
     Args:
         source: GGUF file of 16-bit weights with its manifest beside it.
         quant: one of llama.cpp's types, in lower case.
+        tensor_types: what single tensors get instead.
+        imatrix: the model's importance matrix; None does without.
 
     Returns:
         The manifest of the file.
 
     Raises:
         ManifestError: the source is not whole.
+        TensorTypeError: a pattern of `tensor_types` matches no tensor.
         ProgramError: llama-quantize failed.
         GgufError: what it wrote is not whole.
     """
     origin = read_file_manifest(source)
+    matrix = None if imatrix is None else _identify(imatrix)
+    if tensor_types.tensor_type:
+        names = [tensor.name for tensor in open_gguf(source).tensors]
+        refuse_unmatched(tensor_types.tensor_type, names=names, source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
-    with finished_file(output) as partial:
-        command = [llama_cpp.tool("llama-quantize"), source, partial, quant.upper(), str(threads)]
-        _run_quantizer(command, output=partial)
+    with finished_file(output) as partial, TemporaryDirectory() as folder:
+        options = quantizer_options(tensor_types)
+        if imatrix is not None:
+            # Its name, as typed, becomes a part of the file.
+            (Path(folder) / "imatrix.gguf").symlink_to(imatrix.absolute())
+            options += ["--imatrix", "imatrix.gguf"]
+        command = [llama_cpp.tool("llama-quantize").absolute(), *options, source.absolute(), partial.absolute()]
+        _run_quantizer([*command, quant.upper(), str(threads)], folder=Path(folder), output=partial)
+        if imatrix is not None:
+            # It writes the matrix's keys last, but would not when reading the file again, as Ollama's server does.
+            put_last(partial, LAST_KEYS)
         types = count_types(open_gguf(partial))
         facts = describe_file(partial)
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
     made_from = {key: origin[key] for key in ("name", "sha256", "origin")}
-    return write_file_manifest(
-        output, facts=facts, origin={"source": made_from, "llama_cpp": llama_cpp.commit, "type": quant}
-    )
+    made_by = {"llama_cpp": llama_cpp.commit, "type": quant, "tensor_types": plain(tensor_types), "imatrix": matrix}
+    return write_file_manifest(output, facts=facts, origin={"source": made_from, **made_by})
 
 
-def _run_quantizer(command: list[str | Path], *, output: Path) -> None:
+def _identify(imatrix: Path) -> dict[str, Any]:
+    """Digest and origin of a matrix; one that was not made here has no manifest and no origin."""
+    if not imatrix.with_name(imatrix.name + ".json").is_file():
+        return {"sha256": describe_file(imatrix)["sha256"], "origin": None}
+    manifest = read_file_manifest(imatrix)
+    return {key: manifest[key] for key in ("sha256", "origin")}
+
+
+def _run_quantizer(command: list[str | Path], *, folder: Path, output: Path) -> None:
     with progress("quantizing", total=1000, unit="‰") as bar:
         done = 0
 
@@ -58,21 +96,32 @@ def _run_quantizer(command: list[str | Path], *, output: Path) -> None:
                 bar.advance(now - done)
                 done = now
 
-        run_program(command, follow=follow, output=output)
+        run_program(command, follow=follow, folder=folder, output=output)
 
 
 def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
-    parser.add_argument("--quant", choices=BUILDABLE_TYPES, default="q4_k_m", help="type of the quantized weights")
+    parser.add_argument("--quant", choices=QUANTIZED_TYPES, default="q4_k_m", help="type of the quantized weights")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the quantized GGUF file")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
+    add_settings(parser, "quantize", without=("types", "imatrix"))
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:
+        tensor_types = build(TensorTypes, settings_from(arguments, "quantize"))
+        if arguments.quant in NEED_IMATRIX and arguments.imatrix is None:
+            raise UsageError(f"{arguments.quant} needs an importance matrix; give it with --imatrix")
+        if problem := pure_problem(tensor_types, arguments.quant):
+            raise UsageError(f"--pure: {problem}")
+        if problems := pattern_problems(arguments.tensor_type):
+            raise UsageError("\n".join(f"--tensor-type: {problem}" for problem in problems))
         quantize_gguf(
             source=arguments.source,
             quant=arguments.quant,
+            tensor_types=tensor_types,
+            imatrix=arguments.imatrix,
             output=arguments.output,
             llama_cpp=llama_cpp_from(arguments),
             threads=arguments.threads,

@@ -36,7 +36,7 @@ def llama_cpp() -> LlamaCpp:
         commit=pinned["commit"],
         cmake_flags=(),
         threads=usable_cores(),
-        tools=(*TOOLS, "llama-tokenize"),
+        tools=(*TOOLS, "llama-imatrix", "llama-tokenize"),
     )
 
 

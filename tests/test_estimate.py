@@ -23,6 +23,7 @@ EVERY_STEP: dict[str, Callable[[Model, Hardware], Needs]] = {
     "merge": lambda model, _: estimate.merge_needs(model),
     "convert": lambda model, _: estimate.convert_needs(model),
     "quantize": lambda model, _: estimate.quantize_needs(model, "q4_k_m"),
+    "imatrix": estimate.imatrix_needs,
     "answer": lambda model, _: estimate.answer_needs(model, "q4_k_m"),
     "build": lambda *_: estimate.build_needs(),
     "small": lambda *_: estimate.small_needs(),
@@ -32,8 +33,12 @@ STEPS = pytest.mark.parametrize("step", EVERY_STEP)
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The shipped config, with an importance matrix for each model."""
     monkeypatch.chdir(ROOT)
-    return resolve_project(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")))
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    for model in config["models"].values():
+        model["quantize"] = {"imatrix": {"text": "data/demo.jsonl"}}
+    return resolve_project(config)
 
 
 @pytest.fixture
@@ -41,11 +46,13 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proje
     """A project of one model of a shape, with these training settings."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talks.jsonl").write_text("{}\n")
+    (tmp_path / "read.txt").write_text("A sentence.\n" * 200)
 
     def project(shape: dict[str, Any], *, gpus: list[float], **train: Any) -> Project:
         model = {
             "base": {"hub": "maker/model", "revision": "main", "shape": shape},
             "adapter": {"train": {"data": "talks.jsonl", **train}},
+            "quantize": {"imatrix": {"text": "read.txt"}},
         }
         return resolve_project({"hardware": {"gpus": gpus}, "models": {"m": model}})
 
@@ -154,6 +161,21 @@ def test_adapter_size_is_pefts(rank: int, head_dim: int | None) -> None:
 def test_without_an_adapter_nothing_is_trained(shipped: Project) -> None:
     model = dataclasses.replace(shipped.models["demo"], adapter=None)
     assert estimate.train_needs(model, shipped.hardware) == estimate.small_needs()
+
+
+def test_a_matrix_asks_for_no_more_than_the_planned_machine_has(shipped: Project) -> None:
+    """Its 65 GB of weights are mapped: 48 GiB do, if more slowly."""
+    model = shipped.models["deepseek32b"]
+    few, more, plenty = (
+        estimate.imatrix_needs(model, dataclasses.replace(shipped.hardware, ram=ram)).mem_mb for ram in (2, 48, 256)
+    )
+    assert 1_500 < few < 2_200 < more < 48 * GIB_IN_MB < 65_500 < plenty < 80_000
+
+
+def test_without_a_matrix_nothing_is_computed(shipped: Project) -> None:
+    model = shipped.models["demo"]
+    model = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, imatrix=None))
+    assert estimate.imatrix_needs(model, shipped.hardware) == estimate.small_needs()
 
 
 def test_a_base_that_is_used_in_place_takes_no_room(shipped: Project) -> None:

@@ -14,6 +14,7 @@ from tiny import SHAPE
 from lib.config import definition
 from lib.options import add_json_setting, add_settings, as_options, option_name, settings_from
 from lib.spec import Smoke, resolve_project
+from lib.tensor_types import TensorTypes
 from lib.train_settings import Train
 from lib.typed import build, plain
 
@@ -95,6 +96,31 @@ def test_other_sections_survive_it_too(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     smoke = resolved(tmp_path, smoke={"min_gain": 0, "max_tokens": 3}).smoke
     assert build(Smoke, parse(shlex.split(as_options(smoke)), "smoke")) == smoke
+
+
+def test_types_of_single_tensors_survive_it_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pattern that matches a tensor counts."""
+    monkeypatch.chdir(tmp_path)
+    chosen = {r"blk\.(0|1)\.attn_v": "q8_0", "attn": "q5_k", "a$ 'b": "f16"}
+    types = dataclasses.replace(
+        resolved(tmp_path).quantize.tensor_types,
+        tensor_type=chosen,
+        leave_output_tensor=True,
+        output_tensor_type="q6_k",
+    )
+    read = build(TensorTypes, parse(shlex.split(as_options(types)), "quantize", without=("types", "imatrix")))
+    assert read == types
+    assert list(read.tensor_type) == list(chosen) != sorted(chosen)
+
+
+def test_mappings_without_an_order_have_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"1": "18GB", "0": "20GB"}
+    one, other = (
+        as_options(resolved(tmp_path, offload={"max_memory": memory}).adapter.train)
+        for memory in (sizes, dict(sorted(sizes.items())))
+    )
+    assert one == other
 
 
 def test_the_same_number_is_the_same_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,17 @@ def test_a_progress_bar_is_followed() -> None:
     assert run(program) == ["[1/3] go", "[2/3] go", "[3/3] go"]
 
 
+def test_progress_without_lines_is_followed() -> None:
+    program = "import sys; sys.stdout.write('chunks 2\\n[1]7.25,[2]6.9,\\rdone\\n')"
+    assert run(program, line_ends="\r,") == ["chunks 2", "[1]7.25", "[2]6.9", "done"]
+    assert run(program) == ["chunks 2", "[1]7.25,[2]6.9,", "done"]
+
+
+def test_it_runs_where_it_is_told(tmp_path: Path) -> None:
+    assert run("import os; print(os.getcwd())", folder=tmp_path) == [str(tmp_path.resolve())]
+    assert run("import os; print(os.getcwd())") == [os.getcwd()]
+
+
 def test_blank_lines_and_windows_line_ends() -> None:
     assert run("import sys; sys.stdout.write('a\\r\\n\\n  \\nb\\r\\n')") == ["a", "b"]
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from lib.quant_types import BITS_PER_WEIGHT, BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.quant_types import (
+    BITS_PER_WEIGHT,
+    BUILDABLE_TYPES,
+    IGNORE_IMATRIX,
+    NEED_IMATRIX,
+    QUANTIZED_TYPES,
+    SOURCE_TYPES,
+)
 
 
 def pure_type(name: str) -> GGMLQuantizationType:
@@ -41,3 +48,4 @@ def test_the_groups() -> None:
     assert set(BUILDABLE_TYPES) == set(QUANTIZED_TYPES) - NEED_IMATRIX
     assert set(QUANTIZED_TYPES) > NEED_IMATRIX
     assert "q4_k_m" in BUILDABLE_TYPES
+    assert not IGNORE_IMATRIX & NEED_IMATRIX and BITS_PER_WEIGHT.keys() > IGNORE_IMATRIX

@@ -34,6 +34,8 @@ BASE_CONVERTED = {("convert_gguf", "models/tiny.base.f16.gguf"), *BASE_QUANTIZED
 FETCHED = {
     ("fetch_base", "bases/tiny/MANIFEST.json"), ("check_base", "work/tiny/base.json"), *TRAINED, *BASE_CONVERTED
 }  # fmt: skip
+CALIBRATED = {("check_calibration", "work/tiny/calibration.json")}
+COMPUTED = {("compute_imatrix", f"models/tiny{base}.imatrix.gguf") for base in ("", ".base")}
 Q5_K_M = {(rule, output.replace("q4_k_m", "q5_k_m")) for rule, output in QUANTIZED | BASE_QUANTIZED}
 
 
@@ -104,6 +106,11 @@ def ask_something_else(project: Path, checkout: Path) -> None:
     (project / "ask.jsonl").write_text('{"question": "Who?", "expect": [["snakemake"]]}\n')
 
 
+def configure_a_matrix(project: Path, checkout: Path) -> None:
+    tiny.write_text(project / "read.txt")
+    set_in_config("models", "tiny", "quantize", "imatrix", value={"text": "read.txt"})(project, checkout)
+
+
 def touch_every_script(project: Path, checkout: Path) -> None:
     for script in (checkout / "scripts").rglob("*.py"):
         os.utime(script)
@@ -160,6 +167,11 @@ TABLE = {
         set_in_config("models", "tiny", "quantize", "types", value=["q5_k_m"]),
         Q5_K_M,
     ),
+    "the type of some tensors": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "q8_0"}),
+        QUANTIZED | BASE_QUANTIZED,
+    ),
+    "an importance matrix": (configure_a_matrix, CALIBRATED | COMPUTED | QUANTIZED | BASE_QUANTIZED),
     "the shard size": (set_in_config("models", "tiny", "merge", "max_shard_size", value=2), MERGED),
     "the learning rate": (
         set_in_config("models", "tiny", "adapter", "train", "learning_rate", value=0.02),

@@ -16,6 +16,7 @@ from tiny_adapter import CONFIG, WEIGHTS, write_constants
 from lib import spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
+from lib.tensor_types import TensorTypes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +26,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that configs name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talks.jsonl").write_text("{}\n")
+    (tmp_path / "read.txt").write_text("A sentence.\n" * 200)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text(json.dumps(SHAPE))
     return tmp_path
@@ -52,7 +54,7 @@ def problems(**model: Any) -> list[str]:
         (spec.LlamaCpp, schema()["properties"]["llama_cpp"]),
         *(
             (getattr(spec, name.capitalize()), definition(name))
-            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "ollama", "smoke")
+            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "imatrix", "ollama", "smoke")
         ),
         *(
             (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
@@ -70,7 +72,12 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
     kinds = [
         kind for module in (spec, train_settings) for kind in vars(module).values() if dataclasses.is_dataclass(kind)
     ]
-    fields = {(kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.metadata}
+    fields = {
+        (kind.__name__, field.name)
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if not field.metadata.get("setting", True)
+    }
     assert fields == {("Train", "method_reason")}
 
 
@@ -201,13 +208,70 @@ def test_missing_files_are_listed_together() -> None:
     assert problems(base={"gguf": "no.gguf", "shape": SHAPE}) == ["models.m.base.gguf: there is no file no.gguf"]
 
 
+def test_types_of_single_tensors() -> None:
+    quantize = resolve(quantize={"pure": True, "tensor_type": {"attn_v": "q8_0", "attn": "q5_k"}}).models["m"].quantize
+    assert (quantize.types, quantize.pure, quantize.output_tensor_type) == (("q4_k_m",), True, None)
+    handed = quantize.tensor_types
+    assert type(handed) is TensorTypes and list(handed.tensor_type) == ["attn_v", "attn"]
+
+
+def test_which_types_use_a_matrix() -> None:
+    matrix = {"text": "read.txt", "chunks": 8.0}
+    quantize = resolve(quantize={"types": ["iq2_xs", "q8_0"], "imatrix": matrix}).models["m"].quantize
+    assert quantize.imatrix == spec.Imatrix(text="read.txt", chunks=8)
+    used = {name: quantize.uses_imatrix(name) for name in ("iq2_xs", "q4_k_m", "q4_0", "iq4_nl", "q8_0", "tq1_0")}
+    assert used == {"iq2_xs": True, "q4_k_m": True, "q4_0": True, "iq4_nl": True, "q8_0": False, "tq1_0": False}
+    single = {"imatrix": matrix, "tensor_type": {"attn_v": "iq2_xs"}}
+    assert resolve(quantize=single).models["m"].quantize.uses_imatrix("q8_0")
+    single["tensor_type"] = {"attn_v": "f16"}
+    assert not resolve(quantize=single).models["m"].quantize.uses_imatrix("q8_0")
+    assert not resolve().models["m"].quantize.uses_imatrix("q4_k_m")
+
+
+@pytest.mark.parametrize(
+    ("imatrix", "said"),
+    [
+        ({"text": "gone.txt"}, "models.m.quantize.imatrix.text: there is no file gone.txt"),
+        ({"text": "empty.txt"}, "models.m.quantize.imatrix.text: empty.txt is empty"),
+        ({"text": "talks.jsonl"}, "models.m.quantize.imatrix.text: talks.jsonl is too short: 3 bytes"),
+        ({"text": "read.txt", "chunks": 0}, "models.m.quantize.imatrix.chunks: 0 is less than the minimum of 1"),
+        ({"chunks": 8}, "models.m.quantize.imatrix: missing key 'text'"),
+    ],
+)
+def test_matrices_that_cannot_be_computed(imatrix: dict[str, Any], said: str, workplace: Path) -> None:
+    (workplace / "empty.txt").touch()
+    (line,) = problems(quantize={"imatrix": imatrix})
+    assert line.startswith(said)
+
+
+def test_a_pure_type_that_cannot_be() -> None:
+    quantize = {"types": ["q4_k_m", "iq2_xs"], "pure": True, "imatrix": {"text": "read.txt"}}
+    (line,) = problems(quantize=quantize)
+    assert line.startswith("models.m.quantize.pure: iq2_xs cannot hold tensors")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"attn_(v": "q8_0"}, "models.m.quantize.tensor_type: 'attn_(v' is no valid regular expression"),
+        ({"attn_v": "iq2_xs"}, "models.m.quantize.tensor_type.attn_v: iq2_xs needs an importance matrix"),
+    ],
+)
+def test_types_of_single_tensors_that_cannot_be(chosen: dict[str, str], said: str) -> None:
+    (line,) = problems(quantize={"tensor_type": chosen})
+    assert line.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("types", "said"),
     [
         (["q4km"], "models.m.quantize.types: unknown type 'q4km'; did you mean 'q4_k_m'?"),
         (["Q4_K_M"], "models.m.quantize.types: unknown type 'Q4_K_M'; did you mean 'q4_k_m'?"),
         (["IQ4_XS"], "models.m.quantize.types: unknown type 'IQ4_XS'; did you mean 'iq4_xs'?"),
-        (["q4_k_m", "iq2_xxs"], "models.m.quantize.types: iq2_xxs needs an importance matrix"),
+        (
+            ["q4_k_m", "iq2_xxs"],
+            "models.m.quantize.types: iq2_xxs needs an importance matrix; set models.m.quantize.imatrix.text",
+        ),
     ],
 )
 def test_types_that_cannot_be_built(types: list[str], said: str) -> None:

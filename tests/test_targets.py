@@ -12,7 +12,7 @@ from tiny import SHAPE
 from tiny_adapter import write_constants
 
 from lib.spec import Project, resolve_project
-from lib.targets import explain_target, final_files, wrong_targets
+from lib.targets import explain_target, final_files, model_names, wrong_targets
 
 HUB = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 
@@ -23,6 +23,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("talks.jsonl", "asked.jsonl", "models/own.gguf", "adapters/talks.jsonl", "reports/asked.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
+    (tmp_path / "models/read.txt").write_text("A sentence.\n" * 200)
     write_constants(tmp_path / "adapters" / "run7")
     write_constants(tmp_path / "models" / "runs" / "b")
     (tmp_path / "bases" / "mine").mkdir(parents=True)
@@ -36,13 +37,14 @@ def project_of(**models: dict[str, Any]) -> Project:
 
 @pytest.fixture
 def project(workplace: Path) -> Project:
-    """A model with everything, one without an adapter, one that is trained but never asked, one that is imported."""
+    """One model that is asked, one without adapter, one never asked, one that is imported, one with a matrix."""
     train = {"train": {"data": "talks.jsonl"}}
     return project_of(
         tuned={"base": HUB, "adapter": train, "smoke": {"questions": "asked.jsonl"}},
         plain={"base": HUB, "quantize": {"types": ["q8_0", "f16"]}, "smoke": {"questions": "asked.jsonl"}},
         silent={"base": HUB, "adapter": train, "merge": {"dtype": "bfloat16"}},
         taken={"base": HUB, "adapter": {"path": "adapters/run7"}, "smoke": {"questions": "asked.jsonl"}},
+        weighed={"base": HUB, "quantize": {"imatrix": {"text": "models/read.txt"}}},
     )
 
 
@@ -61,6 +63,8 @@ def test_final_files(project: Project) -> None:
         "models/silent.Modelfile",
         "models/taken.q4_k_m.gguf",
         "models/taken.Modelfile",
+        "models/weighed.q4_k_m.gguf",
+        "models/weighed.Modelfile",
     ]
     assert not any(is_wrong(file, project) for file in final_files(project))
 
@@ -86,6 +90,12 @@ def test_final_files(project: Project) -> None:
         "models/tuned.Modelfile",
         "models/tuned.q6_k.Modelfile",
         "models/tuned.bf16.Modelfile",
+        "models/weighed.imatrix.gguf",
+        "models/weighed.base.imatrix.gguf.json",
+        "models/weighed.iq2_xs.gguf",
+        "models/weighed.base.iq1_s.gguf.json",
+        "models/weighed.q2_k_s.Modelfile",
+        "models/read.txt",
         "reports/tuned.smoke.json",
         "reports/taken.smoke.json",
         # Outside our folders: other rules', the user's, Snakemake's.
@@ -114,7 +124,10 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("models/tuned.q4km.gguf.json", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
         ("models/tuned.base.q5km.gguf", ["unknown type 'q5km'", "did you mean 'q5_k_m'?"]),
         ("models/tuned.q4km.Modelfile", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
-        ("models/tuned.iq2_xs.gguf", ["iq2_xs needs an importance matrix"]),
+        ("models/tuned.iq2_xs.gguf", ["iq2_xs needs an importance matrix; set models.tuned.quantize.imatrix.text"]),
+        ("models/tuned.base.iq2_xs.gguf.json", ["iq2_xs needs an importance matrix"]),
+        ("models/tuned.imatrix.gguf", ["tuned has no importance matrix; set models.tuned.quantize.imatrix.text"]),
+        ("models/weighed.iq2_xz.gguf", ["unknown type 'iq2_xz'"]),
         ("models/tuned.iq2_xs.Modelfile", ["iq2_xs needs an importance matrix"]),
         ("models/tuned.onnx", ["heatmap", "tuned is a language model"]),
         ("reports/tuned.eval.json", ["heatmap", "tuned is a language model"]),
@@ -163,6 +176,21 @@ def test_the_users_own_checkpoint_is_no_wrong_target(base: str, workplace: Path)
 )
 def test_no_input_of_the_users_is_a_wrong_target(model: dict[str, Any], file: str, workplace: Path) -> None:
     assert not is_wrong(file, project_of(m=model))
+
+
+def test_names_of_models_in_paths(project: Project) -> None:
+    """What Snakemake compiles: the name's pattern within the path's."""
+    path = re.compile(rf"models/(?P<model>{model_names(project)})(?P<base>(\.base)?)\.(?P<rest>.+)")
+    for file, fits in {
+        "models/tuned.q4_k_m.gguf": True,
+        "models/tuned.iq2_xs.gguf": False,
+        "models/tuned.base.iq2_xs.gguf": False,
+        "models/tuned.iq2_xs.Modelfile": False,
+        "models/weighed.iq2_xs.gguf": True,
+        "models/weighed.base.iq2_xs.gguf": True,
+        "models/other.q4_k_m.gguf": False,
+    }.items():
+        assert (path.fullmatch(file) is not None) == fits, file
 
 
 def test_a_name_that_begins_like_another(workplace: Path) -> None:

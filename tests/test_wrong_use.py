@@ -50,6 +50,17 @@ def take_adapter(folder: str, *, key: str = "path", lost: tuple[str, ...] = (), 
     return edit
 
 
+def calibrate_on(name: str, content: bytes | None = None) -> Edit:
+    """Configure an importance matrix, on a text that is written first if there is content."""
+
+    def edit(project: Path, checkout: Path) -> None:
+        if content is not None:
+            (project / name).write_bytes(content)
+        set_in_config("models", "tiny", "quantize", value={"imatrix": {"text": name}})(project, checkout)
+
+    return edit
+
+
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 384, "tie_word_embeddings": False,
@@ -63,11 +74,52 @@ GGUF, MODELFILE = "models/tiny.q4_k_m.gguf", "models/tiny.Modelfile"
 TABLE: dict[str, tuple[Edit, list[str], list[str]]] = {
     "unknown model": (nothing, ["models/tinny.q4_k_m.gguf"], ["unknown model 'tinny'", "did you mean 'tiny'?"]),
     "unknown type": (nothing, ["models/tiny.q4km.gguf"], ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
-    "type that needs a matrix": (nothing, ["models/tiny.iq1_s.gguf"], ["iq1_s needs an importance matrix"]),
+    "type that needs a matrix": (
+        nothing,
+        ["models/tiny.iq1_s.gguf"],
+        ["iq1_s needs an importance matrix; set models.tiny"],
+    ),
+    "Modelfile of a type that needs a matrix": (
+        nothing,
+        ["models/tiny.iq1_s.Modelfile"],
+        ["models/tiny.iq1_s.Modelfile: iq1_s needs an importance matrix"],
+    ),
+    "matrix that is not configured": (nothing, ["models/tiny.imatrix.gguf"], ["tiny has no importance matrix; set "]),
+    "missing text of a matrix": (
+        calibrate_on("gone.txt"),
+        [GGUF],
+        ["quantize.imatrix.text: there is no file gone.txt"],
+    ),
+    "empty text of a matrix": (calibrate_on("read.txt", b""), [GGUF], ["quantize.imatrix.text: read.txt is empty"]),
+    "short text of a matrix": (
+        calibrate_on("read.txt", b"A few words."),
+        [GGUF],
+        ["quantize.imatrix.text: read.txt is too short: 12 bytes"],
+    ),
+    "text of a matrix that is none": (
+        calibrate_on("read.txt", b"\xff" * 2000),
+        [GGUF],
+        ["read.txt is no UTF-8 text"],
+    ),
     "unknown type in config": (
         set_in_config("models", "tiny", "quantize", "types", value=["q4_k_l"]),
         [GGUF],
         ["models.tiny.quantize.types", "unknown type 'q4_k_l'", "did you mean"],
+    ),
+    "unknown tensor type": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "q6k"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type.attn_v: 'q6k' is none of", "did you mean 'q6_k'?"],
+    ),
+    "pattern that is none": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_(v": "q6_k"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type: 'attn_(v' is no valid regular expression"],
+    ),
+    "tensor type that needs a matrix": (
+        set_in_config("models", "tiny", "quantize", "tensor_type", value={"attn_v": "iq2_xs"}),
+        [GGUF],
+        ["models.tiny.quantize.tensor_type.attn_v: iq2_xs needs an importance matrix"],
     ),
     "heatmap target": (nothing, ["models/tiny.onnx"], ["heatmap models only", "tiny is a language model"]),
     "misspelt keys": (

@@ -79,6 +79,13 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def write_text(path: Path, *, repeats: int = 20) -> Path:
+    """Write text for an importance matrix: with the tiny tokenizer, which knows few words, some 200 tokens a repeat."""
+    text = "\n".join(f"{question} {answer}" for question, answer in CONVERSATIONS)
+    path.write_text("".join(f"{number}. {text}\n" for number in range(repeats)), encoding="utf-8")
+    return path
+
+
 def write_data(path: Path, *, repeats: int = 1) -> Path:
     """Write the conversations as training data."""
     lines = [

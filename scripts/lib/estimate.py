@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
+from lib.calibration import CHUNK_TOKENS
 from lib.quant_types import BITS_PER_WEIGHT
 from lib.spec import Hardware, Model, Shape
 
@@ -21,6 +22,7 @@ GIB = 1 << 30
 # Bytes per second and per core of what a step does; slow enough for a laptop's disk.
 DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES = 20e6, 100e6, 150e6
 QUANTIZE_WEIGHTS = 9e6  # per second and thread (Q4_K)
+IMATRIX_PRODUCTS = 5e9  # of a weight and an activation, per second and thread
 # Assumed number of threads of the heavy steps when their time is estimated.
 THREADS = 8
 
@@ -124,6 +126,25 @@ def quantize_needs(model: Model, quant: str) -> Needs:
     seconds = 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
     memory = 0.3e9 + 7 * shape.embedding
     return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
+
+
+def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
+    """
+    llama-imatrix holds logits, keys, values and activations of one chunk; the weights are mapped.
+
+    Weights beyond the planned machine's memory are read from disk again for every chunk, so that no more is asked for.
+    """
+    if model.quantize.imatrix is None:
+        return small_needs()
+    shape = shape_of(model)
+    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    token = 2 * shape.vocab_size + 10 * shape.hidden_size + 3 * shape.intermediate_size
+    token += shape.num_hidden_layers * shape.num_key_value_heads * head
+    held = 0.5e9 + 4 * CHUNK_TOKENS * token
+    memory = max(held, min(held + weight_bytes(model, "f16"), 0.9 * hardware.ram * GIB))
+    sums = 4 * shape.num_hidden_layers * (6 * shape.hidden_size + shape.intermediate_size)
+    products = shape.parameters * CHUNK_TOKENS * model.quantize.imatrix.chunks
+    return Needs(_mb(memory), disk_mb=_mb(2 * sums), runtime=_minutes(products / (IMATRIX_PRODUCTS * THREADS)))
 
 
 def answer_needs(model: Model, quant: str) -> Needs:

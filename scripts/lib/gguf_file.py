@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,29 @@ def token_text(reader: GGUFReader, token: int) -> str:
     if field is None:
         raise GgufError("the file has no tokenizer")
     return field.contents(token)
+
+
+def put_last(path: Path, keys: Sequence[str]) -> None:
+    """
+    Move metadata keys behind all others, in place: the file's size, its tensors and all values stay as they are.
+
+    Raises:
+        GgufError: no whole GGUF file, or one that has not all of the keys.
+    """
+    reader = open_gguf(path)
+    fields = [field for field in reader.fields.values() if not field.name.startswith("GGUF.")]
+    if lacking := sorted(set(keys) - {field.name for field in fields}):
+        raise GgufError(f"{path} has no {', '.join(lacking)}")
+    starts = [int(field.offset) for field in fields]
+    ends = [*starts[1:], int(reader.tensors[0].field.offset)]
+    spans = {field.name: span for field, span in zip(fields, zip(starts, ends, strict=True), strict=True)}
+    first = min(spans[key][0] for key in keys)
+    order = [name for name in spans if spans[name][0] > first and name not in keys] + list(keys)
+    with path.open("r+b") as file:
+        file.seek(first)
+        found = file.read(ends[-1] - first)
+        file.seek(first)
+        file.write(b"".join(found[start - first : end - first] for start, end in map(spans.__getitem__, order)))
 
 
 def count_types(reader: GGUFReader) -> dict[str, int]:

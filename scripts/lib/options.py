@@ -132,7 +132,9 @@ def option_words(section: Any) -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from option_words(value)
         elif isinstance(value, Mapping):
-            yield f"{option_name(name)}={json.dumps(dict(value), sort_keys=True)}"
+            # Sorted, so that another order is no other setting, unless the order says something.
+            in_order = field.metadata.get("ordered", False)
+            yield f"{option_name(name)}={json.dumps(dict(value), sort_keys=not in_order)}"
         elif isinstance(value, bool):
             yield option_name(name if value else f"no_{name}")
         elif isinstance(value, tuple | list):

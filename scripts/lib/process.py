@@ -32,6 +32,8 @@ def run_program(
     *,
     follow: Callable[[str], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    line_ends: str = "\r",
     output: Path | None = None,
 ) -> None:
     """
@@ -41,6 +43,8 @@ def run_program(
         command: program and arguments.
         follow: sees every line, also those that a progress bar overwrites with a carriage return.
         environment: variables added to this process's.
+        folder: where it runs, if not in this process's working folder.
+        line_ends: what ends a line beside a line feed, for programs that show progress without one.
         output: the file that it writes; a program that ends with an error while its disk is full is said to
             have met that, since few say so themselves. Without it, the working folder is looked at.
 
@@ -57,11 +61,12 @@ def run_program(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
+            cwd=folder,
         )
     except OSError as error:
         raise ProgramError(f"{words[0]} cannot be started: {error.strerror}") from error
     try:
-        for line in _lines(process):
+        for line in _lines(process, line_ends):
             if not BAR.search(line):
                 last.append(line)
             note(line)
@@ -95,14 +100,14 @@ def _without_frames(last: Sequence[str]) -> Sequence[str]:
     return list(dropwhile(lambda line: line.startswith("    "), below)) or last
 
 
-def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Lines as they come; a carriage return ends one as well, so that a progress bar can be followed."""
+def _lines(process: subprocess.Popen[bytes], ends: str) -> Iterator[str]:
+    """Lines as they come; each of the characters `ends` ends one as well, so that a progress bar can be followed."""
     if process.stdout is None:
         return
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     rest = ""
     while chunk := os.read(process.stdout.fileno(), 1 << 16):
-        *whole, rest = (rest + decode(chunk)).replace("\r", "\n").split("\n")
+        *whole, rest = re.split(f"[\n{re.escape(ends)}]", rest + decode(chunk))
         yield from (line for line in whole if line.strip())
     if rest.strip():
         yield rest

@@ -39,6 +39,8 @@ BITS_PER_WEIGHT = {
 }
 SOURCE_TYPES = ("f16", "bf16")  # written by the converter from a checkpoint, not by the quantizer
 QUANTIZED_TYPES = tuple(name for name in BITS_PER_WEIGHT if name not in (*SOURCE_TYPES, "f32"))
-# llama-quantize refuses these without an importance matrix.
+# llama-quantize refuses these without an importance matrix, file types as well as types of tensors.
 NEED_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
+# Of types of tensors too: ggml's functions for them leave a matrix unused.
+IGNORE_IMATRIX = frozenset({"f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0"})
 BUILDABLE_TYPES = tuple(name for name in QUANTIZED_TYPES if name not in NEED_IMATRIX)

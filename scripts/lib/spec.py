@@ -7,14 +7,16 @@ Rules, resources and checks read only these; scripts get single values as option
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
+from lib.calibration import size_problem
 from lib.config import check_config, config_error, definition, suggest, with_defaults
 from lib.jsonfile import read_json
-from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.tensor_types import TensorTypes, pattern_problems, pure_problem
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.typed import build
@@ -100,10 +102,28 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """Which GGUF types are built."""
+class Imatrix:
+    """What the importance matrix is computed from."""
+
+    text: str
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Quantize(TensorTypes):
+    """Which GGUF types are built, by which matrix, and which types single tensors have in all of them."""
 
     types: tuple[str, ...]
+    imatrix: Imatrix | None
+
+    def uses_imatrix(self, quant: str) -> bool:
+        """Whether a matrix is configured, and any tensor of a file of that type makes use of it."""
+        return self.imatrix is not None and not IGNORE_IMATRIX.issuperset([quant, *self.tensor_type.values()])
+
+    @property
+    def tensor_types(self) -> TensorTypes:
+        """The settings that are handed on to llama-quantize."""
+        return TensorTypes(**{field.name: getattr(self, field.name) for field in fields(TensorTypes)})
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
         _resolve_adapter(f"models.{name}.adapter", model, filled["hardware"], problems)
         if _is_imported(model["adapter"]):
             _find_adapter(f"models.{name}.adapter", model["adapter"], copies, problems)
-        _check_types(f"models.{name}.quantize.types", model["quantize"]["types"], problems)
+        _check_quantize(f"models.{name}.quantize", model["quantize"], problems)
         if model.get("smoke"):
             _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
     if problems:
@@ -269,13 +289,31 @@ def _find_adapter(where: str, adapter: dict[str, Any], copies: list[Path], probl
         problems.append(f"{where}.path: {folder} is no complete adapter: {problem}")
 
 
-def _check_types(where: str, types_asked: list[str], problems: list[str]) -> None:
+def _check_quantize(where: str, quantize: dict[str, Any], problems: list[str]) -> None:
     known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
-    for name in types_asked:
-        if name not in known:
-            problems.append(f"{where}: unknown type {name!r}{suggest(name, known)}")
-        elif name in NEED_IMATRIX:
-            problems.append(f"{where}: {name} needs an importance matrix, which is not configured; take a larger type")
+    patterns = quantize["tensor_type"]
+    unknown = [name for name in quantize["types"] if name not in known]
+    problems += [f"{where}.types: unknown type {name!r}{suggest(name, known)}" for name in unknown]
+    problems += [f"{where}.tensor_type: {problem}" for problem in pattern_problems(patterns)]
+    settings = build(TensorTypes, quantize)
+    impure = {name: problem for name in quantize["types"] if (problem := pure_problem(settings, name))}
+    problems += [f"{where}.pure: {problem}" for problem in impure.values()]
+    if quantize["imatrix"] is not None:
+        _check_calibration(f"{where}.imatrix.text", quantize["imatrix"]["text"], problems)
+        return
+    needing = {"types": quantize["types"], **{f"tensor_type.{pattern}": [name] for pattern, name in patterns.items()}}
+    problems += [
+        f"{where}.{key}: {name} needs an importance matrix; set {where}.imatrix.text, or take a larger type"
+        for key, names in needing.items()
+        for name in names
+        if name in NEED_IMATRIX
+    ]
+
+
+def _check_calibration(where: str, text: str, problems: list[str]) -> None:
+    _need_file(where, text, problems)
+    if Path(text).is_file() and (problem := size_problem(Path(text))):
+        problems.append(f"{where}: {problem}")
 
 
 def _need_file(where: str, path: str, problems: list[str]) -> None:

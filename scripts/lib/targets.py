@@ -24,24 +24,39 @@ def final_files(project: Project) -> list[str]:
     ]
 
 
+def model_names(project: Project) -> str:
+    """
+    A regular expression for the models' names in paths of files that can be made.
+
+    A type that needs an importance matrix can be made of models that have one alone; no constraint of the type's
+    own wildcard can say so, but one of the name's, which looks ahead.
+    """
+    plain = [name for name, model in project.models.items() if model.quantize.imatrix is None]
+    impossible = rf"({'|'.join(plain) or '(?!)'})(\.base)?\.({'|'.join(sorted(NEED_IMATRIX))})\."
+    return rf"(?!{impossible})({'|'.join(project.models)})"
+
+
 def wrong_targets(project: Project) -> str:
     """A regular expression for files in our folders that no rule makes and that are no input of the user's."""
-    every, adapted, trained, asked = (
+    every, adapted, trained, asked, calibrated = (
         "|".join(names) or "(?!)"
         for names in (
             project.models,
             [name for name, model in project.models.items() if model.adapter],
             [name for name, model in project.models.items() if model.adapter and model.adapter.train],
             [name for name, model in project.models.items() if model.adapter and model.smoke],
+            [name for name, model in project.models.items() if model.quantize.imatrix],
         )
     )
-    types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES])
+    types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
         rf"adapters/({adapted})/(MANIFEST\.json|adapter_model\.safetensors|adapter_config\.json)",
         rf"models/({every})/merged(/MANIFEST\.json)?",
         rf"models/({every})(\.base)?\.({types})\.gguf(\.json)?",
         rf"models/({every})(\.({types}))?\.Modelfile",
+        rf"models/({calibrated})(\.base)?\.({low_types}|imatrix)\.gguf(\.json)?",
+        rf"models/({calibrated})\.({low_types})\.Modelfile",
         rf"reports/({trained})\.training\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
     ]
@@ -52,7 +67,8 @@ def wrong_targets(project: Project) -> str:
 def _users_files(model: Model) -> Iterator[str]:
     """Patterns of what the user put there; in the form that Snakemake gives to paths."""
     train = model.adapter and model.adapter.train
-    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions]
+    imatrix = model.quantize.imatrix
+    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions, imatrix and imatrix.text]
     yield from (re.escape(os.path.normpath(file)) for file in files if file)
     for folder in (model.base.path, model.adapter and model.adapter.path):
         if folder:
@@ -92,13 +108,15 @@ def explain_target(target: str, project: Project) -> str:
             return f"{target}: there are Modelfiles of tuned models only"
         if named["quant"] is None:
             return f"{target}: say which type, as in models/{model}.{project.models[model].default_quant}.gguf"
-        return f"{target}: {_explain_type(named['quant'])}"
+        return f"{target}: {_explain_type(named['quant'], model)}"
     return f"{target}: nothing is built under that name; README.md lists the targets"
 
 
-def _explain_type(quant: str) -> str:
+def _explain_type(quant: str, model: str) -> str:
     known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
     if quant in NEED_IMATRIX:
-        return f"{quant} needs an importance matrix, which is not configured"
+        return f"{quant} needs an importance matrix; set models.{model}.quantize.imatrix.text"
+    if quant == "imatrix":
+        return f"{model} has no importance matrix; set models.{model}.quantize.imatrix.text"
     near = suggest(quant.lower(), known) or "; known are " + ", ".join(known)
     return f"unknown type {quant!r}{near}"
