@@ -4,8 +4,8 @@ Merging, converting and quantizing beside peft and llama.cpp, on the same base a
     python benchmarks/bench_artifacts.py --base DIR --adapter DIR --scratch DIR --output FILE
 
 Each step is a process of its own. Memory is the largest resident set of it or of a child, files that it maps
-included; bytes are those of its read and write calls, mapped files not included. Every step's result is removed as
-soon as nothing needs it, so that the disk holds base + 2 × 16 bits + the quantized file at most.
+included; bytes are those of its read and write calls, mapped files not included. The disk holds base + 2 × 16 bits at
+most.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,55 +67,46 @@ def measure(command: list[str | Path], *, log: Path) -> Cost:
     return Cost(seconds, usage.ru_maxrss * 1024 / 1e9, int(counters["rchar"]) / 1e9, int(counters["wchar"]) / 1e9)
 
 
-def floor(base: Path, scratch: Path, log: Path) -> Cost:
-    """Copying the base's weights and hashing them: what a merge cannot do without."""
-    target = scratch / "copy"
-    target.mkdir()
+def floor(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
+    """Copying the base's weights and hashing the copy: what a merge cannot do without."""
     line = 'cp --reflink=never "$1"/*.safetensors "$2" && sync && cat "$2"/*.safetensors | sha256sum'
-    try:
-        return measure(["bash", "-c", line, "floor", base, target], log=log)
-    finally:
-        shutil.rmtree(target)
+    return {"cp, sync, sha256sum": measure(["bash", "-c", line, "floor", base, folder], log=log)}
 
 
-def ours(base: Path, adapter: Path, scratch: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
+def ours(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
     """merge_adapter.py, convert_gguf.py and quantize_gguf.py."""
-    merged, f16, quantized = scratch / "merged", scratch / "model.f16.gguf", scratch / "model.q4_k_m.gguf"
+    import torch
+
+    merged, f16, quantized = folder / "merged", folder / "model.f16.gguf", folder / "model.q4_k_m.gguf"
 
     def script(name: str, *options: str | Path) -> Cost:
         return measure([sys.executable, ROOT / "scripts" / name, *options, f"--threads={threads}"], log=log)
 
-    return _one_after_the_other(
-        merge=lambda: script("merge_adapter.py", f"--base={base}", f"--adapter={adapter}", f"--output={merged}"),
-        convert=lambda: script("convert_gguf.py", f"--checkpoint={merged}", "--name=model", f"--output={f16}"),
-        remove=lambda: shutil.rmtree(merged),
-        quantize=lambda: script("quantize_gguf.py", f"--source={f16}", f"--output={quantized}"),
-        clean=lambda: _remove_files(scratch),
-    )
+    costs = {}
+    merge = ("merge_adapter.py", f"--base={base}", f"--adapter={adapter}", f"--output={merged}")
+    if torch.cuda.is_available():
+        costs["merge on the GPU"] = script(*merge, "--device=cuda")
+        shutil.rmtree(merged)
+    costs["merge"] = script(*merge)
+    costs["convert"] = script("convert_gguf.py", f"--checkpoint={merged}", "--name=model", f"--output={f16}")
+    shutil.rmtree(merged)
+    costs["quantize"] = script("quantize_gguf.py", f"--source={f16}", f"--output={quantized}")
+    return costs
 
 
-def peers(base: Path, adapter: Path, scratch: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
+def peers(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
     """The usual way: peft's merge_and_unload, then llama.cpp's programs as they are."""
-    merged, f16, quantized = scratch / "merged", scratch / "model.f16.gguf", scratch / "model.q4_k_m.gguf"
+    merged, f16, quantized = folder / "merged", folder / "model.f16.gguf", folder / "model.q4_k_m.gguf"
+    costs = {"merge": measure([sys.executable, "-c", PEFT_MERGE, base, adapter, merged], log=log)}
     convert = [sys.executable, llama_cpp.convert_script, merged, "--outfile", f16, "--outtype", "f16"]
+    costs["convert"] = measure(convert, log=log)
+    shutil.rmtree(merged)
     quantize = [llama_cpp.tool("llama-quantize"), f16, quantized, "Q4_K_M", threads]
-    return _one_after_the_other(
-        merge=lambda: measure([sys.executable, "-c", PEFT_MERGE, base, adapter, merged], log=log),
-        convert=lambda: measure(convert, log=log),
-        remove=lambda: shutil.rmtree(merged),
-        quantize=lambda: measure(quantize, log=log),
-        clean=lambda: _remove_files(scratch),
-    )
+    costs["quantize"] = measure(quantize, log=log)
+    return costs
 
 
-def _one_after_the_other(**steps: Callable[[], Cost | None]) -> dict[str, Cost]:
-    costs = {name: step() for name, step in steps.items()}
-    return {name: cost for name, cost in costs.items() if cost is not None}
-
-
-def _remove_files(folder: Path) -> None:
-    for path in folder.glob("model.*"):
-        path.unlink()
+WAYS = {"floor": floor, "modelmill": ours, "peers": peers}
 
 
 def main() -> None:
@@ -127,7 +117,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the results, made and removed here")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--output", type=Path, help="JSON of all figures")
-    parser.add_argument("--without-peers", action="store_true", help="where their memory is too much for the machine")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what is measured, in this order")
     add_llama_cpp_options(parser)
     arguments = parser.parse_args()
     llama_cpp = llama_cpp_from(arguments)
@@ -135,15 +125,17 @@ def main() -> None:
     scratch.mkdir(parents=True)
     log = scratch / "log.txt"
     shared = {"llama_cpp": llama_cpp, "threads": arguments.threads}
-    runs = {"floor": {"cp, sync, sha256sum": floor(arguments.base, scratch, log)}}
-    runs["modelmill"] = ours(arguments.base, arguments.adapter, scratch, log, **shared)
-    if not arguments.without_peers:
-        runs["peft and llama.cpp"] = peers(arguments.base, arguments.adapter, scratch, log, **shared)
-    for run, steps in runs.items():
-        for step, cost in steps.items():
+    runs: dict[str, dict[str, Cost]] = {}
+    for name in arguments.ways:
+        folder = scratch / "run"
+        folder.mkdir()
+        runs[name] = WAYS[name](arguments.base, arguments.adapter, folder, log, **shared)
+        shutil.rmtree(folder)
+        for step, cost in runs[name].items():
             print(
-                f"{run:<18} {step:<20} {cost.seconds:8.1f} s  {cost.memory_gb:6.2f} GB of memory"
-                f"  {cost.read_gb:6.2f} GB read  {cost.written_gb:6.2f} GB written"
+                f"{name:<18} {step:<20} {cost.seconds:8.1f} s  {cost.memory_gb:6.2f} GB of memory"
+                f"  {cost.read_gb:6.2f} GB read  {cost.written_gb:6.2f} GB written",
+                flush=True,
             )
     if arguments.output:
         figures = {run: {step: asdict(cost) for step, cost in steps.items()} for run, steps in runs.items()}

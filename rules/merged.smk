@@ -21,8 +21,8 @@ rule merge_adapter:
         mem_mb=lambda w: estimate.merge_needs(spec(w.model)).mem_mb,
         disk_mb=lambda w: estimate.merge_needs(spec(w.model)).disk_mb,
         runtime=lambda w: estimate.merge_needs(spec(w.model)).runtime,
-        gpu=0,
-        gpu_mem_mb=0,
+        gpu=lambda w: estimate.merge_needs(spec(w.model)).gpu,
+        gpu_mem_mb=lambda w: estimate.merge_needs(spec(w.model)).gpu_mem_mb,
     params:
         python=interpreter,
         script=script("merge_adapter.py"),
@@ -30,13 +30,18 @@ rule merge_adapter:
         base=base_folder,
         adapter=lambda w: (f"--adapter adapters/{w.model}" if spec(w.model).adapter else ""),
         dtype=lambda w: spec(w.model).merge.dtype,
+        base_weights=lambda w: spec(w.model).merge.base_weights,
         max_shard_size=lambda w: spec(w.model).merge.max_shard_size,
+        # By a function of the input, which is not recorded: the bytes are the same on any device.
+        device=lambda w, input: spec(w.model).merge.device,
     shell:
         "{params.python} {params.script:q}"
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " {params.adapter}"
         " --dtype {params.dtype}"
+        " --base-weights {params.base_weights}"
         " --max-shard-size {params.max_shard_size}"
+        " --device {params.device}"
         " --output models/{wildcards.model}/merged"
         " --log {log:q}"

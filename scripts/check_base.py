@@ -13,7 +13,7 @@ from lib.checkpoint import is_embedding
 from lib.cli import run_script, script_parser
 from lib.console import say
 from lib.errors import ModelmillError
-from lib.gguf_file import scan_metadata
+from lib.gguf_file import read_gguf
 from lib.jsonfile import digest_json, write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.process import ProgramError, run_program
@@ -41,9 +41,9 @@ def check_base(*, base: Path, output: Path, llama_cpp: LlamaCpp) -> None:
     with TemporaryDirectory() as folder:
         vocabulary = Path(folder, "vocabulary.gguf")
         _run_converter(base, "--vocab-only", outfile=vocabulary, llama_cpp=llama_cpp)
-        metadata = scan_metadata(vocabulary)
+        metadata = read_gguf(vocabulary, vocabulary_only=True).metadata
         _run_converter(base, "--dry-run", outfile=Path(folder, "model.gguf"), llama_cpp=llama_cpp)
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = len(metadata["tokenizer.ggml.tokens"])
     template = metadata.get("tokenizer.chat_template")
     _check_vocabulary(base, tokens)
     _check_chat_template(base, template)

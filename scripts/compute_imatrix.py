@@ -11,7 +11,7 @@ from typing import Any
 from lib.calibration import CHUNK_TOKENS, LEAST_TOKENS, CalibrationError, identify_text
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
-from lib.gguf_file import gguf_value, open_gguf
+from lib.gguf_file import read_gguf
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.options import add_settings
@@ -43,8 +43,8 @@ def compute_imatrix(
     say(f"computing the importance matrix of {source} on {text}, {threads} threads")
     with finished_file(output) as partial, TemporaryDirectory() as folder:
         _run_imatrix(llama_cpp, source, text, chunks=chunks, threads=threads, folder=Path(folder), output=partial)
-        reader = open_gguf(partial)
-        used, entries = int(gguf_value(reader, "imatrix.chunk_count")), len(reader.tensors) // 2
+        matrix = read_gguf(partial)
+        used, entries = matrix.metadata["imatrix.chunk_count"], len(matrix.tensors) // 2
         facts = describe_file(partial)
     if used < chunks:
         say(f"{text} has no more than {used} of the {chunks} chunks of {CHUNK_TOKENS} tokens")

@@ -13,7 +13,7 @@ from lib import checked_converter
 from lib.checkpoint import checkpoint_files
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
-from lib.gguf_file import count_types, open_gguf
+from lib.gguf_file import count_types, read_gguf
 from lib.jsonfile import write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, identify_folder, write_file_manifest
@@ -57,7 +57,7 @@ def convert_gguf(
         metadata = Path(folder) / "metadata.json"
         write_json(metadata, gguf_metadata(source, artifact=artifact, name=name, llama_cpp_commit=llama_cpp.commit))
         _run_converter(llama_cpp, checkpoint, metadata=metadata, outtype=outtype, output=partial)
-        types = count_types(open_gguf(partial))
+        types = count_types(read_gguf(partial))
         facts = describe_file(partial)
     origin = {artifact: source, "llama_cpp": llama_cpp.commit, "type": outtype}
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")

@@ -58,7 +58,7 @@ def import_adapter(
             raise AdapterError(f"{adapter} was written anew while it was copied; run this again once it is complete")
         files = describe_files(partial, [CONFIG, WEIGHTS], threads=threads)
         origin = {"kind": "path", "name": adapter.resolve().name, "base": identity}
-        origin |= _known_data(adapter, weights=files[WEIGHTS])
+        origin |= _known_training(adapter, weights=files[WEIGHTS])
         manifest = write_folder_manifest(partial, artifact="adapter", files=files, origin=origin)
     say(f"adapter {adapter}, trained on {trained_on}: its {len(updates)} pairs fit {base_name}")
     say(f"adapter copied to {output}")
@@ -81,14 +81,16 @@ def _copy_config(adapter: Path, folder: Path, *, base_name: str) -> str:
     return str(config.get("base_model_name_or_path") or "an unnamed base")
 
 
-def _known_data(adapter: Path, *, weights: dict[str, Any]) -> dict[str, Any]:
-    """The identity of the training data, where these very weights were trained by modelmill."""
+def _known_training(adapter: Path, *, weights: dict[str, Any]) -> dict[str, Any]:
+    """The data and how the base was held in training, where these very weights were trained by modelmill."""
     try:
         manifest = read_folder_manifest(adapter, artifact="adapter")
     except ManifestError:
         return {}
-    data = (manifest["origin"] or {}).get("data")
-    return {"data": data} if data and manifest["files"].get(WEIGHTS) == weights else {}
+    if manifest["files"].get(WEIGHTS) != weights:
+        return {}
+    origin = manifest["origin"] or {}
+    return {key: origin[key] for key in ("data", "four_bit") if origin.get(key)}
 
 
 def main() -> None:

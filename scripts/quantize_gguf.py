@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.cli import UsageError, run_script, script_parser
 from lib.console import progress, say
-from lib.gguf_file import count_types, open_gguf, put_last
+from lib.gguf_file import count_types, put_last, read_gguf
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.options import add_settings, settings_from
@@ -55,7 +55,7 @@ def quantize_gguf(
     origin = read_file_manifest(source)
     matrix = None if imatrix is None else _identify(imatrix)
     if tensor_types.tensor_type:
-        names = [tensor.name for tensor in open_gguf(source).tensors]
+        names = [tensor.name for tensor in read_gguf(source).tensors]
         refuse_unmatched(tensor_types.tensor_type, names=names, source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
     with finished_file(output) as partial, TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def quantize_gguf(
         if imatrix is not None:
             # It writes the matrix's keys last, but would not when reading the file again, as Ollama's server does.
             put_last(partial, LAST_KEYS)
-        types = count_types(open_gguf(partial))
+        types = count_types(read_gguf(partial))
         facts = describe_file(partial)
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
     made_from = {key: origin[key] for key in ("name", "sha256", "origin")}

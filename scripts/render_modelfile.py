@@ -10,7 +10,7 @@ from typing import Any
 from lib.cli import run_script, script_parser
 from lib.config import definition
 from lib.console import say
-from lib.gguf_file import gguf_value, open_gguf, token_text
+from lib.gguf_file import read_gguf
 from lib.modelfile import ModelfileError, render_modelfile
 from lib.options import add_json_setting
 from lib.outputs import finished_file
@@ -29,11 +29,11 @@ def write_modelfile(*, gguf: Path, system: str | None, parameters: Mapping[str, 
     """
     if gguf.resolve().parent != output.resolve().parent:
         raise ModelfileError(f"{output} has to lie beside {gguf}, so that both can be moved together")
-    reader = open_gguf(gguf)
-    if gguf_value(reader, "tokenizer.chat_template") is None:
+    weights = read_gguf(gguf)
+    if "tokenizer.chat_template" not in weights.metadata:
         raise ModelfileError(f"{gguf} has no chat template: nobody could talk to it as it was trained")
-    end_of_turn = gguf_value(reader, "tokenizer.ggml.eos_token_id")
-    stops = [] if end_of_turn is None else [token_text(reader, end_of_turn)]
+    end_of_turn = weights.tokenizer("eos_token_id")
+    stops = [] if end_of_turn is None else [weights.tokenizer("tokens")[end_of_turn]]
     text = render_modelfile(gguf_name=gguf.name, system=system, parameters=parameters, stops=stops)
     with finished_file(output) as partial:
         partial.write_text(text, encoding="utf-8")

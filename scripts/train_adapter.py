@@ -71,6 +71,7 @@ def train_adapter(
         trained = train_lora(places=places, settings=settings, gpus=gpus)
         write_adapter(trained.model, partial, base_name=(origin["base"]["origin"] or {}).get("name", base.name))
         written = describe_files(partial, [CONFIG, WEIGHTS], threads=usable_cores())
+        origin |= {"four_bit": trained.four_bit} if trained.four_bit else {}
         manifest = write_folder_manifest(partial, artifact="adapter", files=written, origin=origin)
     if history:
         write_json(history, {**trained.history, "adapter_digest": manifest["digest"]})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_snakemake, write_project
 
-from lib.gguf_file import count_types, gguf_value, open_gguf
+from lib.gguf_file import count_types, read_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -101,19 +101,19 @@ def test_merged_checkpoint_is_sharded_and_keeps_the_tokenizer(built: Path, tiny_
 
 
 def test_gguf_holds_types_template_and_origin(built: Path) -> None:
-    reader = open_gguf(built / "models/tiny.q4_k_m.gguf")
-    assert count_types(reader) == {"F32": 5, "Q4_K": 13, "Q6_K": 3}
-    assert gguf_value(reader, "general.name") == "tiny"
+    found = read_gguf(built / "models/tiny.q4_k_m.gguf")
+    assert count_types(found) == {"F32": 5, "Q4_K": 13, "Q6_K": 3}
+    assert found.metadata.get("general.name") == "tiny"
     assert (
-        gguf_value(reader, "tokenizer.chat_template")
+        found.metadata.get("tokenizer.chat_template")
         == (Path(manifest_folder(built, "bases/tiny")) / "chat_template.jinja").read_text()
     )
     base = json.loads((built / "bases/tiny/MANIFEST.json").read_text())
     adapter = json.loads((built / "adapters/tiny/MANIFEST.json").read_text())
-    assert gguf_value(reader, "general.base_model.0.name") == "tiny-llama"
-    assert base["digest"] in gguf_value(reader, "general.base_model.0.description")
-    assert adapter["digest"] in gguf_value(reader, "general.description")
-    assert adapter["origin"]["data"]["sha256"] in gguf_value(reader, "general.dataset.0.description")
+    assert found.metadata.get("general.base_model.0.name") == "tiny-llama"
+    assert base["digest"] in found.metadata.get("general.base_model.0.description")
+    assert adapter["digest"] in found.metadata.get("general.description")
+    assert adapter["origin"]["data"]["sha256"] in found.metadata.get("general.dataset.0.description")
 
 
 def test_modelfile(built: Path) -> None:

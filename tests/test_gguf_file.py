@@ -1,14 +1,16 @@
-"""Metadata of a GGUF: read without its tokens, and moved within the file."""
+"""A GGUF file's header: what gguf's own reader reads of it, damage in every place, and keys moved within the file."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from lib.gguf_file import GgufError, gguf_value, open_gguf, put_last, scan_metadata
+from lib.gguf_file import GgufError, count_types, put_last, read_gguf
 
 KEYS = ["a.text", "b.number", "c.list", "d.flag", "e.text"]
 
@@ -32,7 +34,7 @@ def write_gguf(path: Path) -> dict[str, object]:
 
 
 def keys_of(path: Path) -> list[str]:
-    return [key for key in open_gguf(path).fields if key.split(".")[0] in "abcde"]
+    return [key for key in read_gguf(path).metadata if key.split(".")[0] in "abcde"]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +53,8 @@ def test_keys_are_put_last_and_nothing_else_changes(moved: list[str], order: lis
     assert keys_of(path) == KEYS
     put_last(path, moved)
     assert keys_of(path) == order
-    reader = open_gguf(path)
-    assert {key: gguf_value(reader, key) for key in values} == values
-    start = int(reader.tensors[0].field.offset)
+    assert {key: read_gguf(path).metadata[key] for key in values} == values
+    start = int(GGUFReader(path).tensors[0].field.offset)
     assert path.read_bytes()[start:] == before[start:]
     assert sorted(path.read_bytes()) == sorted(before)
     put_last(path, moved)
@@ -70,26 +71,97 @@ def test_a_key_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_what_ggufs_reader_reads(built: Path) -> None:
-    path = built / "models/tiny.q4_k_m.gguf"
-    expected = {key: field.contents() for key, field in GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
-    found = scan_metadata(path)
-    assert found == {key: len(value) if isinstance(value, list) else value for key, value in expected.items()}
-    assert found["tokenizer.ggml.tokens"] == 384
-    assert found["general.architecture"] == "llama"
+@pytest.mark.parametrize("name", ["tiny.f16", "tiny.q4_k_m", "tiny.base.f16"])
+def test_it_is_what_ggufs_reader_reads(name: str, built: Path) -> None:
+    path = built / f"models/{name}.gguf"
+    expected, found = GGUFReader(path), read_gguf(path)
+    fields = {key: field.contents() for key, field in expected.fields.items() if not key.startswith("GGUF.")}
+    assert (found.metadata, list(found.metadata)) == (fields, list(fields))
+    assert [(each.name, each.shape, each.type, each.offset, each.size, each.values) for each in found.tensors] == [
+        (
+            tensor.name,
+            tuple(reversed(tensor.shape.tolist())),
+            tensor.tensor_type.name,
+            tensor.data_offset,
+            tensor.n_bytes,
+            tensor.n_elements,
+        )
+        for tensor in expected.tensors
+    ]
+    assert sum(count_types(found).values()) == len(expected.tensors)
 
 
-@pytest.mark.slow
-def test_a_file_cut_off_anywhere_in_it_is_refused(built: Path, tmp_path: Path) -> None:
-    whole = (built / "models/tiny.q4_k_m.gguf").read_bytes()
-    end = whole.index(b"general.file_type")
-    for length in (0, 3, 20, 24, 30, 100, *range(200, end, 211)):
+def test_numbers_of_every_kind(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = GGUFWriter(path, "llama")
+    values = {"int8": -3, "uint16": 65535, "int16": -9, "int32": -(2**31), "int64": -(2**40), "uint64": 2**63}
+    values |= {"float32": 0.5, "float64": 0.1}
+    for kind, value in values.items():
+        getattr(writer, f"add_{kind}")(f"x.{kind}", value)
+    writer.add_array("x.floats", [0.25, -1.0])
+    writer.add_array("x.flags", [True, False])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = read_gguf(path, vocabulary_only=True).metadata
+    assert {key.removeprefix("x."): value for key, value in found.items() if key.startswith("x.")} == {
+        **values,
+        "floats": [0.25, -1.0],
+        "flags": [True, False],
+    }
+    with pytest.raises(GgufError, match="cut off or damaged"):
+        read_gguf(path)  # nobody asked for one without tensors
+
+
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf")
+    whole = (tmp_path / "x.gguf").read_bytes()
+    read_gguf(tmp_path / "x.gguf")
+    for length in range(len(whole) - 1):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(GgufError, match=r"cut off or damaged|no GGUF file"):
-            scan_metadata(tmp_path / "cut.gguf")
+            read_gguf(tmp_path / "cut.gguf")
 
 
-def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "other.gguf").write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(GgufError, match="no GGUF file"):
-        scan_metadata(tmp_path / "other.gguf")
+def put(data: bytes, behind: bytes, offset: int, number: bytes) -> bytes:
+    """Bytes with `number` written `offset` bytes after the end of `behind`."""
+    start = data.index(behind) + len(behind) + offset
+    return data[:start] + number + data[start + len(number) :]
+
+
+LONG = struct.pack("<Q", 2**62)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"PK\3\4" + data[4:], r"no GGUF file: it begins with b'PK"),
+        (lambda data: put(data, b"GGUF", 0, struct.pack("<I", 9)), "its version is 9"),
+        (lambda data: put(data, b"GGUF", 4, LONG), "damaged"),
+        (lambda data: put(data, b"GGUF", 12, LONG), "damaged"),
+        (lambda data: put(data, b"a.text", 4, LONG), "end behind the end of the file"),
+        (lambda data: put(data, b"c.list", 8, LONG), "damaged"),
+        (lambda data: put(data, b"c.list", 4, struct.pack("<IQ", 10, 2**61)), "end behind the end of the file"),
+        (lambda data: put(data, b"c.list", 4, struct.pack("<I", 9)), "a value of type 9"),
+        (lambda data: put(data, b"b.number", 0, struct.pack("<I", 77)), "a value of type 77"),
+        (lambda data: data.replace(b"d.flag", b"c.list"), "c.list stands in it twice"),
+        (lambda data: data.replace(b"y.weight", b"x.weight"), "x.weight stands in it twice"),
+        (lambda data: put(data, b"x.weight", 0, struct.pack("<I", 2**31)), "x.weight has 2147483648 dimensions"),
+        (lambda data: put(data, b"x.weight", 4, LONG), "its header implies"),
+        (
+            lambda data: put(data, b"x.weight", 20, struct.pack("<I", 12)),
+            "rows of 24 values, and Q4_K has blocks of 256",
+        ),
+        (lambda data: put(data, b"x.weight", 20, struct.pack("<I", 999)), "damaged"),
+        (lambda data: put(data, b"y.weight", 24, LONG), "its header implies"),
+        (lambda data: data.replace("ß語".encode(), b"\xff" * 5), "damaged"),
+        (lambda data: data + bytes(32), "its header implies"),
+    ],
+)
+def test_damage_is_told(damage: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    write_gguf(path)
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.raises(GgufError, match=message):
+        read_gguf(path)

@@ -12,8 +12,9 @@ import pytest
 from gguf import GGUFReader, TokenType
 from tiny_gguf import WIDTH, imported, tensors
 
-from lib.gguf_header import GgufImportError
+from lib.gguf_file import GgufError
 from lib.gguf_import import import_gguf
+from lib.gguf_tokenizer import GgufImportError
 
 FILES = {
     "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -110,22 +111,22 @@ def test_refuses_what_it_cannot_import_whole(make_gguf, tmp_path, changes, messa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"PK\x03\x04" + data[4:], "not a GGUF file"),
-        (lambda data: b"", "not a GGUF file"),
-        (lambda data: data[:2000], "cut short or damaged"),
-        (lambda data: data[:-100], "cut short or damaged"),
+        (lambda data: b"PK\x03\x04" + data[4:], "no GGUF file"),
+        (lambda data: b"", "it is empty"),
+        (lambda data: data[:2000], "cut off or damaged"),
+        (lambda data: data[:-100], "cut off or damaged"),
     ],
 )
 def test_refuses_damaged_files(make_gguf, tmp_path, damage, message):
     gguf = make_gguf()
     gguf.write_bytes(damage(gguf.read_bytes()))
-    with pytest.raises(GgufImportError, match=message):
+    with pytest.raises(GgufError, match=message):
         imported(gguf, name="out")
     assert not (tmp_path / "out").exists()
 
 
 def test_refuses_a_missing_file_and_an_unknown_dtype(make_gguf, tmp_path):
-    with pytest.raises(GgufImportError, match="no such file"):
+    with pytest.raises(GgufError, match="no such file"):
         import_gguf(gguf=tmp_path / "none.gguf", output=tmp_path / "out", dtype="float16")
     with pytest.raises(GgufImportError, match="float16, bfloat16, float32"):
         import_gguf(gguf=make_gguf(), output=tmp_path / "out", dtype="int8")

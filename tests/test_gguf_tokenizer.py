@@ -11,8 +11,8 @@ from gguf import TokenType
 from tiny_gguf import CONTROL, TEMPLATE, TEXTS, USER_DEFINED, imported, llama_ids, load_tokenizer, run_tokenizer
 from tokenizers import Tokenizer
 
-from lib.gguf_header import GgufHeader, GgufImportError
-from lib.gguf_tokenizer import build_tokenizer, read_vocabulary
+from lib.gguf_file import GgufFile
+from lib.gguf_tokenizer import GgufImportError, build_tokenizer, read_vocabulary
 
 
 def test_qwen_architecture_keeps_the_tokenizer(make_gguf, llama_cpp):
@@ -83,12 +83,12 @@ def test_chat_template_is_the_same_in_both_places(make_gguf):
     assert load_tokenizer(folder).apply_chat_template(messages, tokenize=False) == "<|im_start|>Hi\n"
 
 
-def header(**changes: Any) -> GgufHeader:
+def header(**changes: Any) -> GgufFile:
     """A header with three tokens and one merge; `changes` replace what follows `tokenizer.ggml.`."""
     types = [TokenType.NORMAL] * 3
     values = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "token_type": types, "merges": ["a b"]}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in {**values, **changes}.items()}
-    return GgufHeader(path=Path("model.gguf"), metadata=metadata, elements={})
+    return GgufFile(path=Path("model.gguf"), metadata=metadata, tensors=[], places={})
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 from compute_imatrix import compute_imatrix
 from conftest import ROOT, copy_built, run_snakemake
+from gguf import GGUFReader
 from quantize_gguf import quantize_gguf
 from test_quantize_gguf import MIXTURE, copied
 from test_rebuild import plan, set_in_config
 from tiny import write_text
 
 from lib.calibration import CalibrationError
-from lib.gguf_file import count_types, gguf_value, open_gguf
+from lib.gguf_file import count_types, read_gguf
 from lib.llama_cpp import LlamaCpp
 from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES
 
@@ -46,11 +47,11 @@ def weighed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_matrix_says_what_it_was_made_of(weighed: Path, llama_cpp: LlamaCpp) -> None:
-    reader = open_gguf(weighed / MATRICES[0])
-    assert gguf_value(reader, "imatrix.datasets") == ["calibration.txt"]
-    assert (gguf_value(reader, "imatrix.chunk_count"), gguf_value(reader, "imatrix.chunk_size")) == (CHUNKS, 512)
+    found = read_gguf(weighed / MATRICES[0])
+    assert found.metadata.get("imatrix.datasets") == ["calibration.txt"]
+    assert (found.metadata.get("imatrix.chunk_count"), found.metadata.get("imatrix.chunk_size")) == (CHUNKS, 512)
     # Seven matrices in each of two layers, each with its sums and its counts.
-    assert len(reader.tensors) == 2 * 7 * 2
+    assert len(found.tensors) == 2 * 7 * 2
     source = json.loads((weighed / "models/tiny.f16.gguf.json").read_text())
     text = (weighed / "read.txt").read_bytes()
     assert json.loads((weighed / f"{MATRICES[0]}.json").read_text()) == {
@@ -79,10 +80,10 @@ def test_the_base_has_its_own_matrix(weighed: Path) -> None:
 
 
 def test_files_made_with_it(weighed: Path, built: Path) -> None:
-    low = open_gguf(weighed / "models/tiny.iq2_xs.gguf")
+    low = read_gguf(weighed / "models/tiny.iq2_xs.gguf")
     assert count_types(low)["IQ2_XS"] >= 8
     said = {
-        key: gguf_value(low, f"quantize.imatrix.{key}") for key in ("file", "dataset", "entries_count", "chunks_count")
+        key: low.metadata.get(f"quantize.imatrix.{key}") for key in ("file", "dataset", "entries_count", "chunks_count")
     }
     assert said == {
         "file": "imatrix.gguf",
@@ -90,7 +91,7 @@ def test_files_made_with_it(weighed: Path, built: Path) -> None:
         "entries_count": 14,
         "chunks_count": CHUNKS,
     }
-    plain, used = open_gguf(built / "models/tiny.q4_k_m.gguf"), open_gguf(weighed / "models/tiny.q4_k_m.gguf")
+    plain, used = (GGUFReader(folder / "models/tiny.q4_k_m.gguf") for folder in (built, weighed))
     changed = {
         one.name
         for one, other in zip(plain.tensors, used.tensors, strict=True)
@@ -100,7 +101,7 @@ def test_files_made_with_it(weighed: Path, built: Path) -> None:
     assert changed == {tensor.name for tensor in plain.tensors if "attn_" in tensor.name or "ffn_" in tensor.name} - {
         tensor.name for tensor in plain.tensors if "norm" in tensor.name
     }
-    assert gguf_value(open_gguf(weighed / "models/tiny.q8_0.gguf"), "quantize.imatrix.file") is None
+    assert read_gguf(weighed / "models/tiny.q8_0.gguf").metadata.get("quantize.imatrix.file") is None
     assert json.loads((weighed / "models/tiny.q8_0.gguf.json").read_text())["origin"]["imatrix"] is None
 
 
@@ -134,7 +135,7 @@ def test_every_type_is_built_with_a_matrix_and_stays_as_it_is(
     manifest = quantize_with(llama_cpp, weighed, quant, output)
     assert copied(llama_cpp, output) == output.read_bytes()
     assert manifest["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
-    assert list(open_gguf(output).fields)[-2:] == ["general.quantization_version", "general.file_type"]
+    assert list(read_gguf(output).metadata)[-2:] == ["general.quantization_version", "general.file_type"]
 
 
 @pytest.mark.parametrize("quant", sorted(IGNORE_IMATRIX & set(QUANTIZED_TYPES)))
@@ -143,7 +144,7 @@ def test_types_that_ignore_a_matrix(quant: str, weighed: Path, llama_cpp: LlamaC
     quantize_with(llama_cpp, weighed, quant, tmp_path / "with.gguf")
     command = [llama_cpp.tool("llama-quantize"), weighed / "models/tiny.f16.gguf", tmp_path / "without.gguf", quant]
     subprocess.run(command, capture_output=True, check=True)
-    one, other = (open_gguf(tmp_path / name).tensors for name in ("with.gguf", "without.gguf"))
+    one, other = (GGUFReader(tmp_path / name).tensors for name in ("with.gguf", "without.gguf"))
     assert [tensor.data.tobytes() for tensor in one] == [tensor.data.tobytes() for tensor in other]
 
 
@@ -152,7 +153,7 @@ def test_types_that_profit_from_a_matrix(quant: str, weighed: Path, llama_cpp: L
     quantize_with(llama_cpp, weighed, quant, tmp_path / "with.gguf")
     command = [llama_cpp.tool("llama-quantize"), weighed / "models/tiny.f16.gguf", tmp_path / "without.gguf", quant]
     subprocess.run(command, capture_output=True, check=True)
-    one, other = (open_gguf(tmp_path / name).tensors for name in ("with.gguf", "without.gguf"))
+    one, other = (GGUFReader(tmp_path / name).tensors for name in ("with.gguf", "without.gguf"))
     assert [tensor.data.tobytes() for tensor in one] != [tensor.data.tobytes() for tensor in other]
 
 
@@ -190,14 +191,14 @@ def test_other_folders_names_and_threads_give_the_same_bytes(
 def test_single_tensors_of_a_type_that_needs_a_matrix(weighed: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     quantize_with(llama_cpp, weighed, "q8_0", output, tensor_type={"ffn_up": "iq2_xxs"})
-    assert count_types(open_gguf(output)) == {"F32": 5, "IQ2_XXS": 2, "Q8_0": 14}
+    assert count_types(read_gguf(output)) == {"F32": 5, "IQ2_XXS": 2, "Q8_0": 14}
     assert copied(llama_cpp, output) == output.read_bytes()
 
 
 def test_a_pure_type_with_a_matrix(weighed: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     kept = {"token_embedding_type": "q8_0", "output_tensor_type": "q6_k"}
     quantize_with(llama_cpp, weighed, "iq2_xs", tmp_path / "out.gguf", pure=True, **kept)
-    assert count_types(open_gguf(tmp_path / "out.gguf")) == {"F32": 5, "IQ2_XS": 14, "Q6_K": 1, "Q8_0": 1}
+    assert count_types(read_gguf(tmp_path / "out.gguf")) == {"F32": 5, "IQ2_XS": 14, "Q6_K": 1, "Q8_0": 1}
 
 
 def test_a_text_with_too_few_tokens_is_refused_at_once(weighed: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_text_with_fewer_chunks_than_asked_for(weighed: Path, llama_cpp: Llama
     )
     used = manifest["origin"]["chunks"]
     assert CHUNKS < used < 100
-    assert gguf_value(open_gguf(tmp_path / "out.gguf"), "imatrix.chunk_count") == used
+    assert read_gguf(tmp_path / "out.gguf").metadata.get("imatrix.chunk_count") == used
 
 
 @pytest.mark.parametrize(

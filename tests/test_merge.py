@@ -278,6 +278,23 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_others() -> None:
     assert threading.active_count() < 10
 
 
+def test_long_jobs_are_told_when_nobody_waits_for_them_any_more() -> None:
+    """As by Ctrl-C: what the one job raises reaches the caller only after the other has ended."""
+    begun, stopped, ended = threading.Event(), threading.Event(), []
+
+    def work(job: int) -> None:
+        if job == 0:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        assert stopped.wait(60)
+        ended.append(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(range(2), work, threads=2, stopped=stopped))
+    assert ended == [1]
+
+
 def overflow_of(parts: dict[str, torch.Tensor], folder: Path, *, dtype: str = "float16", rows: int = 1) -> str:
     """The message about several tensors, merged in blocks of a few rows by two threads."""
     tensors = [MergedTensor(name, tuple(each.base.shape), each.base, each.update) for name, each in parts.items()]
@@ -421,6 +438,21 @@ def test_instruction_sets_change_no_byte(tmp_path: Path) -> None:
         assert files[shard.name]["sha256"] == digest
         digests.add(digest)
     assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_several_shards_at_once_are_those_of_one_after_another(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", width=515, layers=6, vocabulary=700)
+    tuned = adapter(tmp_path / "adapter", base, rank=4)
+    digests = []
+    for threads in ("1", "4", "8", "9"):
+        output = tmp_path / threads
+        run_script(base, tuned, output, "--threads", threads, "--max-shard-size", "1")
+        files = json.loads((output / "MANIFEST.json").read_text())["files"]
+        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("model*")})
+        assert digests[-1].items() <= {name: facts["sha256"] for name, facts in files.items()}.items()
+    assert len(digests[0]) == 8 + 1  # six layers, embedding and head; and their index
+    assert all(each == digests[0] for each in digests)
 
 
 # What it takes to import what the script imports, and nothing else; in MB, like the limits below.

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from quantize_gguf import quantize_gguf
 
-from lib.gguf_file import GgufError, count_types, gguf_value, open_gguf
+from lib.gguf_file import GgufError, count_types, read_gguf
 from lib.llama_cpp import LlamaCpp
 from lib.manifest import ManifestError
 from lib.process import ProgramError
@@ -52,9 +52,9 @@ def copied(llama_cpp: LlamaCpp, path: Path) -> bytes:
 def test_type_is_built_and_reopened(quant: str, built: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     output = tmp_path / f"tiny.{quant}.gguf"
     manifest = quantize(llama_cpp, built, quant, output)
-    reader = open_gguf(output)
-    assert len(reader.tensors) == 21
-    assert gguf_value(reader, "general.name") == "tiny"
+    found = read_gguf(output)
+    assert len(found.tensors) == 21
+    assert found.metadata.get("general.name") == "tiny"
     assert manifest["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert [path.name for path in sorted(tmp_path.iterdir())] == [output.name, f"{output.name}.json"]
     assert copied(llama_cpp, output) == output.read_bytes()
@@ -118,7 +118,7 @@ CHOSEN = {
 def test_settings_choose_the_types_of_tensors(setting: str, built: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     changes, expected = CHOSEN[setting]
     manifest = quantize(llama_cpp, built, "q4_k_m", tmp_path / "out.gguf", **changes)
-    found = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(tmp_path / "out.gguf").tensors}
+    found = {tensor.name: tensor.type for tensor in read_gguf(tmp_path / "out.gguf").tensors}
     assert [found[f"{kind}.weight"] for kind in KINDS] == expected
     assert manifest["origin"]["tensor_types"] == dataclasses.asdict(dataclasses.replace(MIXTURE, **changes))
     assert copied(llama_cpp, tmp_path / "out.gguf") == (tmp_path / "out.gguf").read_bytes()
@@ -136,7 +136,7 @@ def test_settings_are_options_of_the_script(built: Path, tmp_path: Path) -> None
     command += ["--output", output, "--pure", "--output-tensor-type", "q8_0", "--tensor-type", '{"attn_v": "f16"}']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert count_types(open_gguf(output)) == {"F16": 2, "F32": 5, "Q4_K": 13, "Q8_0": 1}
+    assert count_types(read_gguf(output)) == {"F16": 2, "F32": 5, "Q4_K": 13, "Q8_0": 1}
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_damaged_files_do_not_open(damage: object, message: str, built: Path, tm
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damage((built / "models/tiny.q4_k_m.gguf").read_bytes()))
     with pytest.raises(GgufError, match=message):
-        open_gguf(path)
+        read_gguf(path)

@@ -86,6 +86,12 @@ def set_in_config(*path: str, value: object) -> Callable[[Path, Path], None]:
     return edit
 
 
+def merge_on_a_gpu(project: Path, checkout: Path) -> None:
+    """The same bytes; nothing has to be built to see that."""
+    set_in_config("hardware", "gpus", value=[24])(project, checkout)
+    set_in_config("models", "tiny", "merge", "device", value="cuda")(project, checkout)
+
+
 def replace_in_checkout(file: str, old: str, new: str) -> Callable[[Path, Path], None]:
     """An edit of the code."""
 
@@ -173,6 +179,8 @@ TABLE = {
     ),
     "an importance matrix": (configure_a_matrix, CALIBRATED | COMPUTED | QUANTIZED | BASE_QUANTIZED),
     "the shard size": (set_in_config("models", "tiny", "merge", "max_shard_size", value=2), MERGED),
+    "what the adapter is merged into": (set_in_config("models", "tiny", "merge", "base_weights", value="nf4"), MERGED),
+    "where the merge is computed": (merge_on_a_gpu, set()),
     "the learning rate": (
         set_in_config("models", "tiny", "adapter", "train", "learning_rate", value=0.02),
         TRAINED,

@@ -13,7 +13,7 @@ import yaml
 from tiny import SHAPE
 from tiny_adapter import CONFIG, WEIGHTS, write_constants
 
-from lib import spec, train_settings
+from lib import estimate, spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
 from lib.tensor_types import TensorTypes
@@ -79,6 +79,35 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
         if not field.metadata.get("setting", True)
     }
     assert fields == {("Train", "method_reason")}
+
+
+@pytest.mark.parametrize(
+    ("merge", "changes", "said"),
+    [
+        ({"device": "cuda"}, {}, "models.m.merge.device: cuda, but hardware.gpus plans for none"),
+        (
+            {"base_weights": "nf4"},
+            {},
+            "models.m.merge.base_weights: nf4 is the base as it was in training, and there is no adapter",
+        ),
+        (
+            {"base_weights": "nf4"},
+            {"train": {"method": "lora"}},
+            "models.m.merge.base_weights: nf4 is the base of a 4-bit training, and method is lora",
+        ),
+    ],
+)
+def test_merges_that_cannot_be(merge: dict[str, str], changes: dict[str, Any], said: str) -> None:
+    assert problems(merge=merge, **changes) == [said]
+
+
+def test_a_merge_onto_a_4_bit_base_on_a_gpu() -> None:
+    asked = {"base_weights": "nf4", "device": "cuda"}
+    resolved = resolve(merge=asked, train={"method": "qlora"}, hardware={"gpus": [24]}).models["m"].merge
+    assert (resolved.base_weights, resolved.device) == ("nf4", "cuda")
+    assert estimate.merge_needs(
+        resolve(merge=asked, train={"method": "qlora"}, hardware={"gpus": [24]}).models["m"]
+    ).gpu
 
 
 def test_every_definition_has_its_class() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -60,21 +61,22 @@ class Progress:
     def __init__(self, *, title: str, total: int, unit: str) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._last, self._start = 0, time.monotonic(), time.monotonic()
-        self._note = ""
+        self._note, self._lock = "", Lock()
         terminal = sys.stderr.isatty()
         scaled = {"unit_scale": True, "unit_divisor": 1000} if unit == "B" else {}
         self._bar = tqdm(total=total, desc=title, unit=unit, disable=not terminal, leave=False, **scaled)
 
     def advance(self, amount: int = 1, *, remark: str = "") -> None:
-        """Count `amount` more units as done; `remark` is shown beside the bar."""
-        self._done += amount
-        self._note = remark or self._note
-        self._bar.set_postfix_str(self._note, refresh=False)
-        self._bar.update(amount)
-        now = time.monotonic()
-        if now - self._last >= SECONDS_BETWEEN_LINES and self._done < self._total:
-            self._last = now
-            self._line()
+        """Count `amount` more units as done; `remark` is shown beside the bar. Any thread may."""
+        with self._lock:
+            self._done += amount
+            self._note = remark or self._note
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(amount)
+            now = time.monotonic()
+            if now - self._last >= SECONDS_BETWEEN_LINES and self._done < self._total:
+                self._last = now
+                self._line()
 
     def _line(self) -> None:
         share = self._done / self._total

@@ -8,7 +8,7 @@ side of what was seen so far.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
@@ -18,6 +18,7 @@ from lib.spec import Hardware, Model, Shape
 
 INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
 CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
+CUDA_HOST_BYTES = 3e9  # what it takes of RAM
 GIB = 1 << 30
 # Bytes per second and per core of what a step does; slow enough for a laptop's disk.
 DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES = 20e6, 100e6, 150e6
@@ -110,7 +111,10 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
 def merge_needs(model: Model) -> Needs:
     """A few blocks of rows, whatever the model's size."""
     size = weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16")
-    return Needs(mem_mb=_mb(1.5e9), disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+    needs = Needs(mem_mb=_mb(1.5e9), disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+    if model.merge.device == "cuda":
+        return replace(needs, mem_mb=_mb(1.5e9 + CUDA_HOST_BYTES), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
+    return needs
 
 
 def convert_needs(model: Model) -> Needs:

@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING, Any
 from lib.checkpoint import weight_files
 from lib.console import say
 from lib.errors import first_line
-from lib.gguf_header import BAD_FILE, GgufHeader, GgufImportError, read_header
-from lib.gguf_tokenizer import Vocabulary, build_tokenizer, check_tokenizer, read_vocabulary, write_tokenizer
+from lib.gguf_file import GgufFile, read_gguf
+from lib.gguf_tokenizer import (
+    GgufImportError,
+    Vocabulary,
+    build_tokenizer,
+    check_tokenizer,
+    read_vocabulary,
+    write_tokenizer,
+)
 from lib.jsonfile import read_json, write_json
 from lib.outputs import finished_folder
 
@@ -27,6 +34,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# What transformers raises over a file that is damaged, or not of a kind it knows.
+BAD_FILE = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, RuntimeError, OSError
+)  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32")
 SHARD_SIZE = "5GB"  # what hub repositories use; one file `model.safetensors` below it
 
@@ -52,17 +63,18 @@ def import_gguf(*, gguf: Path, output: Path, dtype: str) -> None:
         dtype: of the weights: float16, bfloat16 or float32.
 
     Raises:
-        GgufImportError: if the file is damaged or incomplete, if its architecture or tokenizer is not known,
-            or if something in it would be lost.
+        GgufError: no whole GGUF file.
+        GgufImportError: one of several parts, an architecture or tokenizer that is not known, or something in it
+            would be lost.
         OutputError: another run is writing `output`.
     """
     if dtype not in DTYPES:
         raise GgufImportError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    header = read_header(gguf=gguf)
+    header = _read_whole(gguf)
     vocabulary = read_vocabulary(header=header)
     _refuse_lost_rope(header=header)
     backend = build_tokenizer(vocabulary=vocabulary, path=gguf)
-    size = f"{sum(header.elements.values()) / 1e6:.0f} M weights"
+    size = f"{sum(tensor.values for tensor in header.tensors) / 1e6:.0f} M weights"
     say(f"importing {gguf}: {header.architecture}, {size}, pre-tokenizer {vocabulary.pre}")
     with finished_folder(output) as checkpoint, _quiet_transformers():
         _write_weights(header=header, vocabulary=vocabulary, checkpoint=checkpoint, dtype=dtype)
@@ -71,9 +83,17 @@ def import_gguf(*, gguf: Path, output: Path, dtype: str) -> None:
         check_tokenizer(vocabulary=vocabulary, backend=backend, checkpoint=checkpoint)
 
 
-def _refuse_lost_rope(*, header: GgufHeader) -> None:
+def _read_whole(gguf: Path) -> GgufFile:
+    header = read_gguf(gguf)
+    parts = header.metadata.get("split.count", 1)
+    if parts > 1:
+        raise GgufImportError(f"{gguf}: one of {parts} parts; join them first, with llama-gguf-split --merge")
+    return header
+
+
+def _refuse_lost_rope(*, header: GgufFile) -> None:
     """Stop at rope settings that live in tensors: without them long texts go wrong, and nothing says so."""
-    lost = [name for name in ROPE_TENSORS if name in header.elements]
+    lost = [tensor.name for tensor in header.tensors if tensor.name in ROPE_TENSORS]
     if lost:
         raise GgufImportError(
             f"{header.path}: its rope scaling is kept in {', '.join(lost)}, which transformers does not "
@@ -81,7 +101,7 @@ def _refuse_lost_rope(*, header: GgufHeader) -> None:
         )
 
 
-def _write_weights(*, header: GgufHeader, vocabulary: Vocabulary, checkpoint: Path, dtype: str) -> None:
+def _write_weights(*, header: GgufFile, vocabulary: Vocabulary, checkpoint: Path, dtype: str) -> None:
     """Unpack the weights into safetensors, with config.json and generation_config.json."""
     model, report = _load_model(header=header, dtype=dtype)
     _check_model(header=header, vocabulary=vocabulary, model=model, report=report)
@@ -96,7 +116,7 @@ def _write_weights(*, header: GgufHeader, vocabulary: Vocabulary, checkpoint: Pa
         shutil.copymode(checkpoint / "config.json", checkpoint / name)  # safetensors lets only the owner read
 
 
-def _load_model(*, header: GgufHeader, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_model(*, header: GgufFile, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
     Load the weights with transformers.
 
@@ -125,7 +145,7 @@ def _load_model(*, header: GgufHeader, dtype: str) -> tuple[PreTrainedModel, dic
             ) from error
 
 
-def _check_model(*, header: GgufHeader, vocabulary: Vocabulary, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def _check_model(*, header: GgufFile, vocabulary: Vocabulary, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """See that no weight was left at random, and that there is a row of embeddings for every token."""
     missing = sorted(report["missing_keys"])
     misfits = sorted(str(key) for key in report["mismatched_keys"])
@@ -142,7 +162,7 @@ def _check_model(*, header: GgufHeader, vocabulary: Vocabulary, model: PreTraine
         )
 
 
-def _refuse_lost_scaling(*, header: GgufHeader, config: dict[str, Any]) -> None:
+def _refuse_lost_scaling(*, header: GgufFile, config: dict[str, Any]) -> None:
     """Stop if the file stretches its context and the checkpoint would not."""
     asked = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     kept = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -153,7 +173,7 @@ def _refuse_lost_scaling(*, header: GgufHeader, config: dict[str, Any]) -> None:
         )
 
 
-def _check_weights(*, header: GgufHeader, checkpoint: Path, dtype: str) -> None:
+def _check_weights(*, header: GgufFile, checkpoint: Path, dtype: str) -> None:
     """Reopen the weights: all finite, all of the wanted type, as many as in the GGUF."""
     import torch
     from safetensors import safe_open
@@ -167,7 +187,7 @@ def _check_weights(*, header: GgufHeader, checkpoint: Path, dtype: str) -> None:
                 faults += _faults(name=name, tensor=tensor, dtype=getattr(torch, dtype))
     if faults:
         raise GgufImportError(f"{header.path}: not fit to be written as {dtype}: {'; '.join(faults)}")
-    held = sum(header.elements.values())
+    held = sum(tensor.values for tensor in header.tensors)
     if count != held:
         raise GgufImportError(
             f"{header.path}: it holds {held} weights, but transformers makes {count} of them, so something "

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.console import say
-from lib.gguf_header import GgufHeader, GgufImportError
+from lib.errors import ModelmillError
+from lib.gguf_file import GgufFile
 from lib.jsonfile import write_json
 from lib.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
@@ -51,6 +52,10 @@ PROBE = (
 )
 
 
+class GgufImportError(ModelmillError):
+    """A GGUF file that cannot be turned into a checkpoint without loss."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """
@@ -78,7 +83,7 @@ class Vocabulary:
     settings: dict[str, Any]
 
 
-def read_vocabulary(*, header: GgufHeader) -> Vocabulary:
+def read_vocabulary(*, header: GgufFile) -> Vocabulary:
     """
     Take the tokenizer out of the metadata.
 
@@ -111,7 +116,7 @@ def read_vocabulary(*, header: GgufHeader) -> Vocabulary:
     )
 
 
-def _read_tokens(*, header: GgufHeader) -> tuple[str, ...]:
+def _read_tokens(*, header: GgufFile) -> tuple[str, ...]:
     """Token texts by id, without the padding at the end that the converter adds by itself."""
     model, texts = header.tokenizer("model"), header.tokenizer("tokens")
     if model is None or not texts:
@@ -136,7 +141,7 @@ def _read_tokens(*, header: GgufHeader) -> tuple[str, ...]:
     return tuple(tokens)
 
 
-def _read_pre(*, header: GgufHeader) -> str:
+def _read_pre(*, header: GgufFile) -> str:
     """The name of the pre-tokenizer; llama.cpp's default when the file has none."""
     pre = header.tokenizer("pre")
     if not pre:
@@ -148,7 +153,7 @@ def _read_pre(*, header: GgufHeader) -> str:
     return pre
 
 
-def _read_merges(*, header: GgufHeader) -> tuple[tuple[str, str], ...]:
+def _read_merges(*, header: GgufFile) -> tuple[tuple[str, str], ...]:
     """Pairs of token texts; the first mention of a pair counts."""
     lines = header.tokenizer("merges")
     if not lines:
@@ -162,7 +167,7 @@ def _read_merges(*, header: GgufHeader) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _special_ids(*, header: GgufHeader, tokens: tuple[str, ...]) -> tuple[set[int], set[int]]:
+def _special_ids(*, header: GgufFile, tokens: tuple[str, ...]) -> tuple[set[int], set[int]]:
     """Ids of control tokens, and of tokens that users added."""
     types = header.tokenizer("token_type") or [1] * len(tokens)
     if len(types) < len(tokens):
@@ -171,7 +176,7 @@ def _special_ids(*, header: GgufHeader, tokens: tuple[str, ...]) -> tuple[set[in
     return special, {i for i in range(len(tokens)) if types[i] == USER_DEFINED}
 
 
-def _named_tokens(*, header: GgufHeader, tokens: tuple[str, ...]) -> dict[str, str]:
+def _named_tokens(*, header: GgufFile, tokens: tuple[str, ...]) -> dict[str, str]:
     """`bos_token` and so on → text, for the ids the file names."""
     ids = {name: header.tokenizer(key) for name, key in NAMED_TOKENS.items()}
     named = {name: i for name, i in ids.items() if i is not None}
@@ -181,7 +186,7 @@ def _named_tokens(*, header: GgufHeader, tokens: tuple[str, ...]) -> dict[str, s
     return {name: tokens[i] for name, i in named.items()}
 
 
-def _tokenizer_settings(*, header: GgufHeader) -> dict[str, Any]:
+def _tokenizer_settings(*, header: GgufFile) -> dict[str, Any]:
     """Keys of tokenizer_config.json that hold for the file as they are; keys it lacks stay away."""
     settings: dict[str, Any] = {
         "add_bos_token": header.tokenizer("add_bos_token"),

@@ -6,7 +6,8 @@ acc = 0; for k < r: acc = acc + B[:, k]·A[k, :]; then W + scale·acc, rounded o
 No BLAS: its results change with the instruction set, the device and the shape of a block. Elementwise
 float32 multiplication and addition, as separate operations, are IEEE everywhere, so any thread count, any
 block of rows and any device give the same bytes. DoRA's norm of a row is a sum of squares in float64, over a
-tree of halves; squares of float32 values are exact there.
+tree of halves; squares of float32 values are exact there. Where the base's 4-bit round trip is wanted instead of
+its original weights (lib.four_bit), W is that.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import ModelmillError
+from lib.fixed_sum import sum_rows
+from lib.four_bit import BlockScales, block_scales, round_trip
 from lib.lora import LowRank
-from lib.safetensors_file import StoredTensor, read_columns, read_rows
+from lib.safetensors_file import read_columns, read_rows, read_values
 
 if TYPE_CHECKING:
     import torch
@@ -88,39 +91,51 @@ def merged_blocks(
     dtype: torch.dtype,
     overflows: Overflows,
     threads: int,
+    device: str = "cpu",
     block_values: int = BLOCK_VALUES,
 ) -> Iterator[Tensor]:
     """
-    The rows of all tensors after the merge, in order, block by block in the output dtype.
+    The rows of all tensors after the merge, in order, block by block in the output dtype, in RAM.
 
     Several threads read and compute ahead of whoever takes the blocks; memory is that of two blocks and their
     output for each.
 
     Args:
         overflows: takes note of blocks that do not fit the dtype; they are given all the same.
+        device: where it is computed; "cpu" or "cuda".
     """
 
-    def compute(job: tuple[MergedTensor, int, int]) -> Tensor:
+    def compute(job: tuple[MergedTensor, BlockScales | None, int, int]) -> Tensor:
         import torch
 
-        tensor, start, stop = job
-        values = merged_rows(tensor, start, stop)
+        tensor, scales, start, stop = job
+        values = merged_rows(tensor, start, stop, scales=scales, device=device)
         result = values.to(dtype)
         if not torch.isfinite(result).all():
             overflows.note(tensor.name, values)
-        return result
+        return result.cpu()
 
-    def jobs() -> Iterator[tuple[MergedTensor, int, int]]:
-        for tensor in tensors:
+    def scales_of(tensor: MergedTensor) -> tuple[MergedTensor, BlockScales | None]:
+        return tensor, None if tensor.four_bit is None else block_scales(tensor.base, tensor.four_bit)
+
+    def jobs() -> Iterator[tuple[MergedTensor, BlockScales | None, int, int]]:
+        for tensor, scales in in_order(tensors, scales_of, threads=threads):
             step = max(1, block_values // max(1, tensor.row_values))
             for start in range(0, tensor.rows, step):
-                yield tensor, start, min(start + step, tensor.rows)
+                yield tensor, scales, start, min(start + step, tensor.rows)
 
     yield from in_order(jobs(), compute, threads=threads)
 
 
-def in_order(jobs: Iterable[Job], work: Callable[[Job], Result], *, threads: int) -> Iterator[Result]:
-    """Results of jobs in their order, computed by threads that run at most one job each ahead."""
+def in_order(
+    jobs: Iterable[Job], work: Callable[[Job], Result], *, threads: int, stopped: Event | None = None
+) -> Iterator[Result]:
+    """
+    Results of jobs in their order, computed by threads that run at most one job each ahead.
+
+    Args:
+        stopped: set once no more results are wanted, after an error or Ctrl-C too; long jobs look at it.
+    """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(max_workers=threads) as pool:
         try:
@@ -133,22 +148,36 @@ def in_order(jobs: Iterable[Job], work: Callable[[Job], Result], *, threads: int
         finally:
             for future in waiting:
                 future.cancel()
+            if stopped is not None:
+                stopped.set()
 
 
-def merged_rows(tensor: MergedTensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of one tensor after the merge, (stop - start, row_values), float32, not rounded yet."""
+def merged_rows(
+    tensor: MergedTensor, start: int, stop: int, *, scales: BlockScales | None = None, device: str = "cpu"
+) -> Tensor:
+    """
+    Rows [start, stop) of one tensor after the merge.
+
+    Args:
+        scales: of the base's blocks, if the tensor is one that was held in 4 bits.
+
+    Returns:
+        (stop - start, row_values), float32, not rounded yet, on the device.
+    """
     update = tensor.update
-    values = read_rows(update.replaced or tensor.base, start, stop).float()
+    values = read_rows(update.replaced or tensor.base, start, stop).to(device).float()
+    if tensor.four_bit is not None and scales is not None:
+        values = round_trip(values, start * tensor.row_values, scales, tensor.four_bit)
     if update.low_rank is not None:
         values = fold_low_rank(values, update.low_rank, start, stop)
     if update.added is not None:
         bias, scale = update.added
-        values = values + read_rows(bias, start, stop).float().mul_(scale)
+        values = values + read_rows(bias, start, stop).to(device).float().mul_(scale)
     if update.rows is not None:
         source, rows = update.rows
         for place, row in enumerate(rows):
             if start <= row < stop:
-                values[row - start] = read_rows(source, place, place + 1)[0].float()
+                values[row - start] = read_rows(source, place, place + 1)[0].to(device).float()
     return values
 
 
@@ -165,18 +194,18 @@ def fold_low_rank(weight: Tensor, update: LowRank, start: int, stop: int) -> Ten
     """
     import torch
 
-    total = torch.zeros(weight.shape, dtype=torch.float32)
+    total = torch.zeros_like(weight)
     rank = update.a.rows
     step = max(1, BLOCK_VALUES // max(weight.shape))  # both factors' parts are no larger than a block
     for first in range(0, rank, step):
         last = min(first + step, rank)
         left, right = _factors(update, start, stop, first, last)
-        add_products(total, left, right)
+        add_products(total, left.to(weight.device), right.to(weight.device))
     # A multiplication and an addition, not `add(alpha=…)`, which may fuse the two.
     total.mul_(update.scale).add_(weight)
     if update.magnitude is None:
         return total
-    magnitude = read_values(update.magnitude, start, stop)
+    magnitude = read_values(update.magnitude, start, stop - start).to(total.device).float()
     return total.mul_((magnitude / row_norms(total).float()).unsqueeze(1))
 
 
@@ -189,11 +218,6 @@ def _factors(update: LowRank, start: int, stop: int, first: int, last: int) -> t
     return read_columns(update.b, start, stop, first, last).float(), read_rows(update.a, first, last).float()
 
 
-def read_values(tensor: StoredTensor, start: int, stop: int) -> Tensor:
-    """Values [start, stop) of a vector, whatever its shape, float32."""
-    return read_rows(tensor, 0, tensor.rows).flatten()[start:stop].float()
-
-
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     total += left[:, k]·right[k, :] for one k after another, product and sum each rounded to float32.
@@ -204,8 +228,9 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     import torch
 
-    rows = max(1, TILE_VALUES // total.shape[1])
-    product = torch.empty(min(rows, total.shape[0]), total.shape[1])
+    # A GPU is given all at once: it has no such cache, and starting an operation takes longer there.
+    rows = max(1, TILE_VALUES // total.shape[1]) if total.device.type == "cpu" else total.shape[0]
+    product = torch.empty_like(total[:rows])
     columns = left.t().contiguous().unsqueeze(2)  # (ranks, rows, 1)
     for top in range(0, total.shape[0], rows):
         tile = total[top : top + rows]
@@ -217,12 +242,4 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def row_norms(values: Tensor) -> Tensor:
     """Euclidean length of each row of (rows, columns) float32 values, (rows,) float64, summed over a tree of halves."""
-    import torch
-
-    squares = values.double().square_()
-    width = 1 << max(0, squares.shape[1] - 1).bit_length()
-    squares = torch.nn.functional.pad(squares, (0, width - squares.shape[1]))
-    while width > 1:
-        width //= 2
-        squares = squares[:, :width] + squares[:, width:]
-    return squares[:, 0].sqrt()
+    return sum_rows(values.double().square_()).sqrt()

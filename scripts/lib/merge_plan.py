@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.adapter_folder import CONFIG
 from lib.checkpoint import is_embedding
+from lib.four_bit import FourBit
 from lib.lora import HEAD, LoraError, LowRank, Update
 from lib.safetensors_file import StoredTensor
 
@@ -26,6 +27,7 @@ class MergedTensor:
     shape: tuple[int, ...]
     base: StoredTensor
     update: Update
+    four_bit: FourBit | None = None  # how the base was held in training, where that is what is merged into
 
     @property
     def rows(self) -> int:
@@ -104,6 +106,37 @@ def plan_merge(
     if problems:
         raise LoraError("\n".join([f"{where} does not fit this base:", *problems]))
     return MergePlan(merged, changes)
+
+
+def hold_in_four_bits(plan: MergePlan, how: FourBit, *, where: Path) -> MergePlan:
+    """
+    Take the weights of the base as they were when it was held in 4 bits.
+
+    Args:
+        how: of lib.four_bit.read_four_bit.
+        where: the base, for errors.
+
+    Raises:
+        LoraError: not those layers of this base were in 4 bits, or they were so in another order of values.
+    """
+    held = {tensor.name for tensor in plan.tensors if how.holds(tensor.name, tensor.base.shape)}
+    if len(held) != how.layers:
+        raise LoraError(
+            f"{where} has {len(held)} matrices that could have been in 4 bits, and the adapter's manifest tells of "
+            f"{how.layers} layers; merge onto the original weights"
+        )
+    turned = [each.name for each in plan.tensors if each.update.low_rank and each.update.low_rank.transposed]
+    if turned := [name for name in turned if name in held]:
+        raise LoraError(
+            f"{where}: {turned[0]} is stored the other way round than it is quantized; merge onto the original weights"
+        )
+    return replace(
+        plan,
+        tensors=[
+            replace(tensor, four_bit=how) if tensor.name in held and tensor.update.replaced is None else tensor
+            for tensor in plan.tensors
+        ],
+    )
 
 
 def _settle_pair(

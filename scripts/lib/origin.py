@@ -201,7 +201,7 @@ def _is_source(value: Any) -> bool:
 
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{key: ("a text", _is_text) for key in ("type", "llama_cpp", "kind", "name", "revision")},
-    **{key: ("an object", _is_object) for key in ("settings", "versions")},
+    **{key: ("an object", _is_object) for key in ("settings", "versions", "four_bit")},
     **{key: ("name and sha256 of a file", _is_data) for key in ("data", "eval_data")},
     **{key: ("digest and origin", _is_identity) for key in ("base", "adapter", "merged")},
     "source": ("name, sha256 and origin", _is_source),

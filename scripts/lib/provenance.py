@@ -6,6 +6,8 @@ from typing import Any
 
 # llama.cpp's converter guesses these from the folder's name and README; null takes the guess out.
 GUESSED = ("author", "version", "organization", "finetune", "basename", "quantized_by", "license.name", "license.link")
+# What an adapter was merged into, by `merge.base_weights`.
+BASE_WEIGHTS = {"original": "the original weights", "nf4": "the weights of its 4-bit training"}
 # Lists of a `--metadata` file, and how the keys begin that the converter makes of their entries.
 NUMBERED = {"general.base_models": "general.base_model", "general.datasets": "general.dataset"}
 
@@ -43,7 +45,8 @@ def gguf_metadata(source: dict[str, Any], *, artifact: str, name: str, llama_cpp
 
 def merge_policy(policy: dict[str, Any]) -> str:
     """In words, how the adapter was merged."""
-    return f"merged in float32 onto the {policy['base_weights']} weights, rounded once to {policy['dtype']}"
+    weights = BASE_WEIGHTS.get(policy["base_weights"], policy["base_weights"])
+    return f"merged in float32 onto {weights}, rounded once to {policy['dtype']}"
 
 
 def compare_metadata(found: dict[str, Any], metadata: dict[str, Any]) -> list[str]:

@@ -132,9 +132,13 @@ def _stored_tensors(header: dict[str, Any], path: Path, *, data_start: int) -> l
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor, (stop - start, row_values), in its own dtype."""
-    return _read_pieces(tensor, [(start * tensor.row_values, (stop - start) * tensor.row_values)]).reshape(
-        stop - start, tensor.row_values
-    )
+    values = read_values(tensor, start * tensor.row_values, (stop - start) * tensor.row_values)
+    return values.reshape(stop - start, tensor.row_values)
+
+
+def read_values(tensor: StoredTensor, first: int, count: int) -> Tensor:
+    """Consecutive values of a tensor, whatever its shape, (count,), in its own dtype."""
+    return _read_pieces(tensor, [(first, count)])
 
 
 def read_columns(tensor: StoredTensor, start: int, stop: int, left: int, right: int) -> Tensor:

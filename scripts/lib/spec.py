@@ -98,6 +98,8 @@ class Merge:
     """How the adapter is folded into the base."""
 
     dtype: str
+    base_weights: str
+    device: str
     max_shard_size: int
 
 
@@ -194,6 +196,7 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
         _resolve_adapter(f"models.{name}.adapter", model, filled["hardware"], problems)
         if _is_imported(model["adapter"]):
             _find_adapter(f"models.{name}.adapter", model["adapter"], copies, problems)
+        _check_merge(f"models.{name}.merge", model, filled["hardware"], problems)
         _check_quantize(f"models.{name}.quantize", model["quantize"], problems)
         if model.get("smoke"):
             _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
@@ -287,6 +290,18 @@ def _find_adapter(where: str, adapter: dict[str, Any], copies: list[Path], probl
         problems.append(f"{where}.path: {folder} is where modelmill copies an adapter to; name the original")
     elif problem := adapter_problem(folder):
         problems.append(f"{where}.path: {folder} is no complete adapter: {problem}")
+
+
+def _check_merge(where: str, model: dict[str, Any], hardware: dict[str, Any], problems: list[str]) -> None:
+    if model["merge"]["device"] == "cuda" and not hardware["gpus"]:
+        problems.append(f"{where}.device: cuda, but hardware.gpus plans for none")
+    if model["merge"]["base_weights"] == "original":
+        return
+    train = (model["adapter"] or {}).get("train")
+    if model["adapter"] is None:
+        problems.append(f"{where}.base_weights: nf4 is the base as it was in training, and there is no adapter")
+    elif train is not None and train["method"] not in ("qlora", "auto"):  # auto: what forbids it is told already
+        problems.append(f"{where}.base_weights: nf4 is the base of a 4-bit training, and method is {train['method']}")
 
 
 def _check_quantize(where: str, quantize: dict[str, Any], problems: list[str]) -> None:

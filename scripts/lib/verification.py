@@ -11,7 +11,7 @@ from lib.adapter_folder import CONFIG
 from lib.artifact import Artifact, is_there
 from lib.checkpoint import is_side_file
 from lib.cli import describe_os_error
-from lib.gguf_file import GgufError, general_metadata, open_gguf
+from lib.gguf_file import GgufError, read_gguf
 from lib.jsonfile import digest_json, read_json
 from lib.manifest import (
     FILE_KEYS,
@@ -87,7 +87,7 @@ def check_artifact(artifact: Artifact, *, threads: int) -> Report:
 
 def _check_lone_gguf(path: Path, report: Report) -> None:
     report.problems.append(f"{file_manifest(path).name} is missing: there is nothing to check this file against")
-    own = general_metadata(open_gguf(path), path)
+    own = read_gguf(path).metadata
     told = {key: own[key] for key in sorted(own) if key.startswith(("general.base_model.0.", "general.dataset.0."))}
     told = {key: own[key] for key in ("general.name", "general.description") if key in own} | told
     report.lines += [f"  it says of itself: {key} {value}" for key, value in told.items()]
@@ -165,7 +165,7 @@ def _surplus(folder: Path, files: dict[str, Any], *, in_place: bool) -> list[str
 def _header_problems(path: Path, origin: dict[str, Any] | None, *, sound: bool) -> list[str]:
     """What is wrong with a GGUF's header, and where it tells another origin than a sound one of the manifest."""
     try:
-        own = general_metadata(open_gguf(path), path)
+        own = read_gguf(path).metadata
     except GgufError as error:
         return [str(error)]
     if not sound or origin is None:
