@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 from lib.calibration import identify_text
-from lib.cli import run_script, script_parser
-from lib.console import say
-from lib.jsonfile import write_json
+from lib.input_check import run_input_check
 
 
-def check_calibration(*, text: Path, output: Path) -> None:
+def identify(text: Path) -> tuple[dict[str, Any], str]:
     """
-    Write the text's identity to `output`.
+    Identity and size of the text.
 
     Raises:
         CalibrationError: the text cannot be used.
     """
     identity = identify_text(text)
-    write_json(output, identity)
-    say(f"{text}: {identity['size']} bytes of text")
-
-
-def main() -> None:
-    """The command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where its identity is written")
-
-    def work(arguments: argparse.Namespace) -> None:
-        check_calibration(text=arguments.text, output=arguments.output)
-
-    run_script(parser, work)
+    return identity, f"{identity['size']} bytes of text"
 
 
 if __name__ == "__main__":
-    main()
+    run_input_check(__doc__, "text", what="the text", identify=identify)

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
 
-from lib.cli import run_script, script_parser
-from lib.console import say
 from lib.dataset import read_examples
-from lib.jsonfile import write_json
+from lib.input_check import run_input_check
 from lib.manifest import describe_file
 
 
-def check_data(*, data: Path, output: Path) -> None:
+def identify(data: Path) -> tuple[dict[str, Any], str]:
     """
-    Write the data's identity and size to `output`.
+    Identity and number of the examples.
 
     Raises:
         DataError: the data cannot be used.
     """
-    examples = read_examples(data)
-    write_json(output, {"name": data.name, "examples": len(examples), **describe_file(data)})
-    say(f"{data}: {len(examples)} examples")
-
-
-def main() -> None:
-    """The command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL file of training data")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where its identity is written")
-
-    def work(arguments: argparse.Namespace) -> None:
-        check_data(data=arguments.data, output=arguments.output)
-
-    run_script(parser, work)
+    count = len(read_examples(data))
+    return {"name": data.name, "examples": count, **describe_file(data)}, f"{count} examples"
 
 
 if __name__ == "__main__":
-    main()
+    run_input_check(__doc__, "data", what="JSONL file of training data", identify=identify)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.cli import UsageError, run_script, script_parser
 from lib.console import progress, say
-from lib.gguf_file import count_types, put_last, read_gguf
+from lib.gguf_file import check_same_tensors, count_types, put_last, read_gguf
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.options import add_settings, settings_from
@@ -50,13 +50,12 @@ def quantize_gguf(
         ManifestError: the source is not whole.
         TensorTypeError: a pattern of `tensor_types` matches no tensor.
         ProgramError: llama-quantize failed.
-        GgufError: what it wrote is not whole.
+        GgufError: what it wrote is not whole, or does not have the tensors of the source.
     """
     origin = read_file_manifest(source)
     matrix = None if imatrix is None else _identify(imatrix)
-    if tensor_types.tensor_type:
-        names = [tensor.name for tensor in read_gguf(source).tensors]
-        refuse_unmatched(tensor_types.tensor_type, names=names, source=str(source))
+    held = read_gguf(source)
+    refuse_unmatched(tensor_types.tensor_type, names=[tensor.name for tensor in held.tensors], source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
     with finished_file(output) as partial, TemporaryDirectory() as folder:
         options = quantizer_options(tensor_types)
@@ -69,7 +68,9 @@ def quantize_gguf(
         if imatrix is not None:
             # It writes the matrix's keys last, but would not when reading the file again, as Ollama's server does.
             put_last(partial, LAST_KEYS)
-        types = count_types(read_gguf(partial))
+        made = read_gguf(partial)
+        check_same_tensors(made, held)
+        types = count_types(made)
         facts = describe_file(partial)
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
     made_from = {key: origin[key] for key in ("name", "sha256", "origin")}

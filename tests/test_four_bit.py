@@ -20,19 +20,18 @@ from test_merge import random, stored, unit_in_last_place
 from lib import four_bit as module
 from lib.adapter_folder import CONFIG, WEIGHTS, write_adapter
 from lib.base_model import load_base
-from lib.four_bit import FourBit, FourBitError, block_scales, describe_four_bit, nearest, read_four_bit, round_trip
+from lib.four_bit import FourBit, FourBitError, block_scales, nearest, read_four_bit, round_trip
 from lib.lora import LoraError
 from lib.manifest import describe_files, write_folder_manifest
 from lib.safetensors_file import StoredTensor, read_rows
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-KINDS = pytest.mark.parametrize("kind", ["nf4", "fp4"])
 DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 
 
-def how(*, dtype: str = "bfloat16", kind: str = "nf4", double: bool = True, blocksize: int = 64) -> FourBit:
-    return FourBit(dtype, kind, double, blocksize, layers=1, skipped=())
+def how(*, device: str = "cpu", dtype: str = "bfloat16", double: bool = True, blocksize: int = 64) -> FourBit:
+    return FourBit(device, dtype, double, blocksize, layers=1, skipped=())
 
 
 def read_back(tensor: StoredTensor, asked: FourBit, *, rows: int) -> torch.Tensor:
@@ -49,28 +48,40 @@ def unpacked(packed: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[:count]
 
 
-@KINDS
 @DOUBLE
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(96, 128), (37, 65), (3, 10), (300, 512)], ids=str)
-def test_codes_and_values_are_bitsandbytes(
-    shape: tuple[int, int], dtype: str, double: bool, kind: str, tmp_path: Path
-) -> None:
+def test_codes_and_values_are_bitsandbytes(shape: tuple[int, int], dtype: str, double: bool, tmp_path: Path) -> None:
     """The largest has 2,400 magnitudes, so that their own quantization has several blocks."""
-    asked = how(dtype=dtype, kind=kind, double=double)
+    asked = how(dtype=dtype, double=double)
     tensor = stored(tmp_path, weight=random(*shape, seed=3) / 30)["weight"]
     loaded = random(*shape, seed=3).div(30).to(DTYPES[dtype])
-    packed, state = bitsandbytes.quantize_4bit(loaded, quant_type=kind, compress_statistics=double)
+    packed, state = bitsandbytes.quantize_4bit(loaded, quant_type="nf4", compress_statistics=double)
     scales = block_scales(tensor, asked)
     padded = torch.nn.functional.pad(loaded.float().flatten(), (0, -loaded.numel() % 64)).view(-1, 64)
-    codes, numbers = nearest(padded, scales.largest, kind)
-    theirs = bitsandbytes.get_4bit_type(kind, device="cpu")[unpacked(packed, loaded.numel()).long()]
-    assert torch.equal(numbers[codes].flatten()[: loaded.numel()], theirs)
+    codes = nearest(padded, scales.largest, bitsandbytes.get_4bit_type("nf4", device="cpu")).flatten()
+    assert torch.equal(codes[: loaded.numel()], unpacked(packed, loaded.numel()).int())
     expected = bitsandbytes.dequantize_4bit(packed, state).double()
     for rows in (1, 5, shape[0]):
         found = read_back(tensor, asked, rows=rows).double()
         assert ((found - expected).abs() <= unit_in_last_place(expected.abs().float(), DTYPES[dtype])).all()
     assert not torch.equal(found.float(), loaded.float())
+
+
+def test_magnitudes_as_a_gpu_quantizes_them(tmp_path: Path) -> None:
+    """The nearest of the 8-bit numbers to each, found by trying all of them; on the CPU bitsandbytes takes others."""
+    tensor = stored(tmp_path, weight=random(600, 512, seed=5) / 30)["weight"]
+    found = block_scales(tensor, how(device="cuda", dtype="float32"))
+    assert torch.equal(found.largest, block_scales(tensor, how(dtype="float32")).largest)
+    numbers, centred = (
+        bitsandbytes.create_dynamic_map().double(),
+        found.largest.double() - found.largest.double().mean(),
+    )
+    for block, kept in zip(centred.split(256), found.kept.double().split(256), strict=True):
+        choices = numbers * block.abs().max()
+        best = (block.unsqueeze(1) - choices).abs().min(dim=1).values
+        assert ((kept - found.largest.double().mean() - block).abs() - best).abs().max() < 1e-7
+    assert not torch.equal(found.kept, block_scales(tensor, how(dtype="float32")).kept)
 
 
 @pytest.mark.parametrize("blocksize", [32, 128])
@@ -109,7 +120,7 @@ def adapted(base: Path, folder: Path, *, precision: str, **quantization: Any) ->
     model = runs.adapted(base, run)
     folder.mkdir()
     write_adapter(model, folder, base_name="tiny-llama")
-    origin = {"base": None, "four_bit": describe_four_bit(model.get_base_model())}
+    origin = {"base": None, "four_bit": model.get_base_model().four_bit}
     write_folder_manifest(
         folder, artifact="adapter", files=describe_files(folder, [CONFIG, WEIGHTS], threads=1), origin=origin
     )
@@ -176,17 +187,19 @@ def test_threads_change_no_byte(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_the_manifest_says_how_the_base_was_held(tiny_base: Path) -> None:
     run = runs.settings(method="qlora", precision="bf16")
-    plain = describe_four_bit(load_base(tiny_base, run, device_map={"": "cpu"}))
-    assert plain == describe_four_bit(runs.adapted(tiny_base, run).get_base_model())
-    assert (plain["dtype"], plain["quant_type"], plain["double_quant"]) == ("bfloat16", "nf4", True)
+    plain = load_base(tiny_base, run, device_map={"": "cpu"}).four_bit
+    assert plain == runs.adapted(tiny_base, run).get_base_model().four_bit
+    assert (plain["device"], plain["dtype"], plain["double_quant"]) == ("cpu", "bfloat16", True)
     assert (plain["blocksize"], plain["layers"]) == (64, 14)
     assert set(plain["skipped"]) == {"model.embed_tokens", "lm_head"}
-    assert describe_four_bit(load_base(tiny_base, runs.settings(), device_map={"": "cpu"})) is None
+    other = runs.settings(method="qlora", quantization={"bnb_4bit_quant_type": "fp4"})
+    for settings in (runs.settings(), runs.settings(method="int8"), other):
+        assert load_base(tiny_base, settings, device_map={"": "cpu"}).four_bit is None
 
 
 @pytest.mark.parametrize("said", [None, {}, {"dtype": "float32"}])
 def test_an_adapter_that_does_not_say(said: Any) -> None:
-    with pytest.raises(FourBitError, match="does not say how its base was held in 4 bits"):
+    with pytest.raises(FourBitError, match="does not say how its base was held in NF4"):
         read_four_bit({"origin": {"four_bit": said}})
     with pytest.raises(FourBitError):
         read_four_bit({"origin": None})
@@ -205,7 +218,7 @@ def test_a_base_of_another_number_of_layers(tiny_base: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--base-weights", "nf4"], "does not say how its base was held in 4 bits"),
+        (["--base-weights", "nf4"], "does not say how its base was held in NF4"),
         (["--device", "cuda"], "merge.device is cuda, but torch finds no GPU"),
     ],
 )

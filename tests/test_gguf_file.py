@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from lib.gguf_file import GgufError, count_types, put_last, read_gguf
+from lib.gguf_file import GgufError, check_same_tensors, count_types, put_last, read_gguf
 
 KEYS = ["a.text", "b.number", "c.list", "d.flag", "e.text"]
 
@@ -121,6 +122,20 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(GgufError, match=r"cut off or damaged|no GGUF file"):
             read_gguf(tmp_path / "cut.gguf")
+
+
+def test_tensors_of_another_name_or_shape(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf")
+    whole = read_gguf(tmp_path / "x.gguf")
+    check_same_tensors(whole, whole)
+    one, other = whole.tensors
+    for tensors, said in (
+        ([one], r"1 differ, first y.weight, missing instead of \(2, 24\)"),
+        ([one, other, replace(other, name="z.weight")], r"1 differ, first z.weight, \(2, 24\) instead of none"),
+        ([one, replace(other, shape=(24, 2))], r"1 differ, first y.weight, \(24, 2\) instead of \(2, 24\)"),
+    ):
+        with pytest.raises(GgufError, match=said):
+            check_same_tensors(replace(whole, tensors=tensors), whole)
 
 
 def put(data: bytes, behind: bytes, offset: int, number: bytes) -> bytes:

@@ -2,148 +2,40 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import hashlib
-import json
 import logging
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub, Fault, requests_by_file
+from hub_model import (
+    FIRST,
+    REPO,
+    SCRIPTS,
+    SECOND,
+    SHARD,
+    TOKEN,
+    commit_of,
+    contents,
+    environment,
+    index_of,
+    model_files,
+    noise,
+    program,
+    state,
+)
 
 from lib import hub_transfer
 from lib.console import LOGGER, configure_logging
 from lib.hub import download_checkpoint
-from lib.hub_folder import STATE_FOLDER, HubError, PartialFile
+from lib.hub_folder import STATE_FOLDER, HubError
 from lib.outputs import OutputError, only_writer
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-REPO = "maker/model-ja"
-SHARD = 3_000_000
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-TOKEN = "hf_right"
-
-
-@functools.cache
-def noise(seed: int, size: int = SHARD) -> bytes:
-    """Bytes that look like weights, more than one block of a download."""
-    return random.Random(seed).randbytes(size)
-
-
-def index_of(*shards: str) -> bytes:
-    return json.dumps({"metadata": {}, "weight_map": {f"layer.{n}": name for n, name in enumerate(shards)}}).encode()
-
-
-def model_files() -> dict[str, bytes]:
-    """What the workflow uses of a repository."""
-    return {
-        "LICENSE": b"do what you like\n",
-        "chat_template.jinja": b"{{ messages }}",
-        "config.json": b'{"hidden_size": 8}\n',
-        "merges.txt": b"a b\n",
-        FIRST: noise(1),
-        SECOND: noise(2),
-        "model.safetensors.index.json": index_of(FIRST, SECOND),
-        "tokenizer.json": b"{}",
-        "tokenizer.model": noise(3, 1000),
-        "vocab.txt": "語\n".encode(),
-    }
-
-
-def other_files() -> dict[str, bytes]:
-    """What the same repository also holds, as real ones do."""
-    return {
-        ".gitattributes": b"*.safetensors filter=lfs\n",
-        "MANIFEST.json": b"{}",
-        "README.md": b"# model\n",
-        "consolidated.safetensors": noise(4, 5000),
-        "eval.png": b"\x89PNG",
-        "license.bin": b"pickle",
-        "license.py": b"import os",
-        "model-q4_k_m.gguf": b"GGUF",
-        "model.onnx": b"onnx",
-        "modeling_custom.py": b"import os",
-        "original/config.json": b"{}",
-        "original/consolidated.00.pth": b"pickle",
-        "pytorch_model-00001-of-00001.bin": b"pickle",
-        "pytorch_model.bin.index.json.py": b"import os",
-        "training_args.bin": b"pickle",
-    }
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but those of our own record."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    return {name: content for name, content in found.items() if not name.startswith(f"{STATE_FOLDER}/")}
-
-
-def state(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / STATE_FOLDER).iterdir())
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A Hub with one model, and an environment that knows no other."""
-    from huggingface_hub.utils import close_session
-
-    for name in (
-        "HF_TOKEN",
-        "HF_HUB_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-        "HTTP_PROXY",
-        "http_proxy",
-        "ALL_PROXY",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    # The library reads these once, at its import, which another test may have caused.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(hub_transfer, "FIRST_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(hub_transfer, "LATER_WAITS", (0.0, 0.0))
-    close_session()
-    with FakeHub() as server:
-        server.add(REPO, {**model_files(), **other_files()}, names=("main", "v1"))
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-    close_session()
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "bases" / "model"
-
-
-def commit_of(fake: FakeHub, name: str = "main") -> str:
-    return fake.repositories[REPO].references[name]
-
-
-def environment(fake: FakeHub, home: Path, **more: str) -> dict[str, str]:
-    """For a process of its own, whose home is a folder of the test."""
-    kept = {"PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPTS), "HF_ENDPOINT": fake.endpoint}
-    return {**kept, "HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(home), **more}
-
-
-def program(output: Path) -> list[str]:
-    """What a script does: log to stderr, download, print the commit."""
-    code = (
-        "import sys; from pathlib import Path; from lib.console import configure_logging;"
-        "from lib.hub import download_checkpoint; configure_logging(log=None);"
-        f"print(download_checkpoint(repo_id={REPO!r}, revision='main', output=Path(sys.argv[1])))"
-    )
-    return [sys.executable, "-c", code, str(output)]
-
 
 # What is fetched
 
@@ -452,113 +344,6 @@ def test_malformed_token_is_not_shown(fake: FakeHub, output: Path, monkeypatch: 
     with pytest.raises(HubError, match="HF_TOKEN holds") as refused:
         download_checkpoint(repo_id=REPO, revision="main", output=output)
     assert "hf_" not in str(refused.value)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(("token", "advice"), [(None, "set HF_TOKEN to a token"), ("hf_wrong", "HF_TOKEN is set, but")])
-@pytest.mark.parametrize("barrier", ["gated", "private"])
-def test_closed_repository(
-    fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch, barrier: str, token: str | None, advice: str
-) -> None:
-    getattr(fake, barrier).add(REPO)
-    if token is not None:
-        monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HubError, match=f"{barrier}.*{advice}") as refused:
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-    assert "\n" not in str(refused.value)
-    assert "hf_wrong" not in str(refused.value)
-
-
-def test_absent_repository_and_revision(fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HubError, match="maker/none .*does not exist or is private.*base.hub"):
-        download_checkpoint(repo_id="maker/none", revision="main", output=output)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(HubError, match="maker/none .*does not exist: check base.hub"):
-        download_checkpoint(repo_id="maker/none", revision="main", output=output)
-    with pytest.raises(HubError, match=f"{REPO} .*no revision 'v9'.*base.revision"):
-        download_checkpoint(repo_id=REPO, revision="v9", output=output)
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "revision", "message"),
-    [
-        ("a/b/c", "main", "'a/b/c' is not the name of a repository"),
-        ("", "main", "base.hub needs"),
-        (REPO, "", "base.revision"),
-    ],
-)
-def test_wrong_names(fake: FakeHub, output: Path, repo_id: str, revision: str, message: str) -> None:
-    with pytest.raises(HubError, match=message):
-        download_checkpoint(repo_id=repo_id, revision=revision, output=output)
-    assert fake.requests == []
-
-
-def test_no_network_is_one_plain_line(fake: FakeHub, output: Path) -> None:
-    fake.stop()
-    host = fake.endpoint.removeprefix("http://")
-    with pytest.raises(HubError, match=f"cannot reach {host} .*base.path.*HF_HUB_OFFLINE=1") as refused:
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("status", "message"), [(500, "answers HTTP status 500"), (429, "limits the rate"), (418, "status 418")]
-)
-def test_hub_out_of_order(fake: FakeHub, output: Path, status: int, message: str) -> None:
-    fake.status = [status] * 3
-    with pytest.raises(HubError, match=message):
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-
-
-@pytest.mark.parametrize("page", [b"<html>please log in</html>", b"[]", b'{"error": 1}', b'{"id": "a/b"}'])
-def test_something_that_is_not_a_hub(fake: FakeHub, output: Path, page: bytes) -> None:
-    fake.page = page
-    with pytest.raises(HubError, match="does not answer as a Hub does|gives no commit"):
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-
-
-@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://host", "http://[bad", "http://host:port"])
-def test_wrong_endpoint(fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(HubError, match="HF_ENDPOINT is not an address"):
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-
-
-# The disk
-
-
-def test_too_small_a_disk_is_seen_before_the_shards(
-    fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 2_500_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(HubError, match=r"6\.0 MB are still to be fetched, but only 2\.5 MB are free"):
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-    assert not fake.fetched(FIRST)
-
-
-def test_disk_that_fills_up_meanwhile(fake: FakeHub, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = PartialFile.write
-
-    def full(self: PartialFile, block: bytes) -> None:
-        if self.done > 1_500_000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, block)
-
-    monkeypatch.setattr(PartialFile, "write", full)
-    with pytest.raises(HubError, match="MB are still to be fetched, but only .* are free on this disk"):
-        download_checkpoint(repo_id=REPO, revision="main", output=output)
-    monkeypatch.setattr(PartialFile, "write", write)
-    download_checkpoint(repo_id=REPO, revision="main", output=output)
-    assert contents(output) == model_files()
-
-
-def test_output_that_cannot_be_a_folder(fake: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(HubError, match=r"file/\.hub: Not a directory"):
-        download_checkpoint(repo_id=REPO, revision="main", output=tmp_path / "file")
 
 
 def test_no_second_copy_anywhere(fake: FakeHub, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from compute_imatrix import compute_imatrix
 from conftest import ROOT, copy_built, run_snakemake
 from gguf import GGUFReader
 from quantize_gguf import quantize_gguf
-from test_quantize_gguf import MIXTURE, copied
+from test_quantize_gguf import MIXTURE, copied, quantize
 from test_rebuild import plan, set_in_config
 from tiny import write_text
 
@@ -112,18 +111,8 @@ def test_no_path_of_this_machine_in_any_of_them(weighed: Path) -> None:
             assert str(path).encode() not in content, name
 
 
-def quantize_with(
-    llama_cpp: LlamaCpp, weighed: Path, quant: str, output: Path, *, threads: int = 2, **types: object
-) -> dict[str, object]:
-    return quantize_gguf(
-        source=weighed / "models/tiny.f16.gguf",
-        quant=quant,
-        tensor_types=dataclasses.replace(MIXTURE, **types),
-        imatrix=weighed / MATRICES[0],
-        output=output,
-        llama_cpp=llama_cpp,
-        threads=threads,
-    )
+def quantize_with(llama_cpp: LlamaCpp, weighed: Path, quant: str, output: Path, **changes: object) -> dict[str, object]:
+    return quantize(llama_cpp, weighed, quant, output, imatrix=weighed / MATRICES[0], **changes)
 
 
 @pytest.mark.parametrize("quant", QUANTIZED_TYPES)

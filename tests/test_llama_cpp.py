@@ -55,10 +55,10 @@ def test_another_source_flag_compiler_or_cpu_is_another_build(tmp_path: Path, mo
     homes.add(provide_llama_cpp(**PINNED | {"sha256": "1" * 64}).source)
     homes.add(provide_llama_cpp(**PINNED | {"cmake_flags": ("-DGGML_CUDA=ON",)}).source)
     with monkeypatch.context() as other:
-        other.setattr(llama_cpp, "_cpu_features", lambda: ["avx9"])
+        other.setattr(llama_cpp, "cpu_features", lambda: ["avx9"])
         homes.add(provide_llama_cpp(**PINNED).source)
     with monkeypatch.context() as other:
-        other.setattr(llama_cpp, "_describe_compiler", lambda: "another compiler")
+        other.setattr(llama_cpp, "describe_compiler", lambda: "another compiler")
         homes.add(provide_llama_cpp(**PINNED).source)
     assert len(homes) == 5
     assert provide_llama_cpp(**PINNED).source in homes
@@ -76,30 +76,3 @@ def test_flags_of_the_users_shell_do_not_reach_the_build(tmp_path: Path, monkeyp
     assert "-DCMAKE_C_FLAGS=-ffp-contract=off" in commands[0][0]
     assert commands[1][0][-4:] == ["--parallel", "3", "--target", "llama-quantize"]
     assert (tmp_path / "llama-quantize.built").exists()
-
-
-def compiler(folder: Path, name: str, text: str) -> Path:
-    """A program that answers --version, after words of its own, as a compiler does."""
-    program = folder / name
-    program.write_text(f"#!/bin/sh\n{text}\n")
-    program.chmod(0o755)
-    return program
-
-
-def test_compilers_of_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = compiler(
-        tmp_path, "g++ of mine", 'for last; do :; done; [ "$last" = --version ] && echo "g++ 12.2"; echo more'
-    )
-    launcher = compiler(tmp_path, "ccache", 'exec "$@"')
-    described = {}
-    for chosen in (f"'{own}'", f"'{own}' -O2", f"{launcher} '{own}'"):
-        monkeypatch.setenv("CXX", chosen)
-        described[chosen] = llama_cpp._describe_compiler()
-    assert [*described.values()] == ["g++ 12.2", "g++ 12.2 -O2", f"g++ 12.2 {own}"]
-
-
-@pytest.mark.parametrize("chosen", ["no-such-compiler", "env no-such-compiler", "false", "'unbalanced"])
-def test_no_compiler_of_that_name(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", chosen)
-    with pytest.raises(LlamaCppError, match=rf"no C\+\+ compiler \({chosen}\)"):
-        llama_cpp._describe_compiler()

@@ -146,7 +146,6 @@ def test_a_rank_of_several_chunks_is_one_sum(
         weight, expected = weight.t(), expected.T
     tensor = planned(tmp_path, weight, a, b, scale=0.3, transposed=transposed)
     monkeypatch.setattr(module, "BLOCK_VALUES", block)
-    monkeypatch.setattr(module, "TILE_VALUES", max(1, block // 2))
     assert same_bits(exact(tensor), expected)
     assert same_bits(merge(tensor, dtype=torch.float32, block_values=block).numpy(), expected)
 

@@ -28,13 +28,20 @@ MIXTURE = TensorTypes(
 
 
 def quantize(
-    llama_cpp: LlamaCpp, built: Path, quant: str, output: Path, *, threads: int = 2, **tensor_types: object
+    llama_cpp: LlamaCpp,
+    built: Path,
+    quant: str,
+    output: Path,
+    *,
+    imatrix: Path | None = None,
+    threads: int = 2,
+    **tensor_types: object,
 ) -> dict[str, object]:
     return quantize_gguf(
         source=built / "models/tiny.f16.gguf",
         quant=quant,
         tensor_types=dataclasses.replace(MIXTURE, **tensor_types),
-        imatrix=None,
+        imatrix=imatrix,
         output=output,
         llama_cpp=llama_cpp,
         threads=threads,

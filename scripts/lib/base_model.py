@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.console import note
 from lib.errors import ModelmillError, first_line
+from lib.four_bit import describe_four_bit
 from lib.safetensors_file import read_tensors
 from lib.train_settings import Train
 
@@ -114,6 +115,8 @@ def load_base(
             local_files_only=True,
             trust_remote_code=False,
         )
+    # For the adapter's manifest; later the weights may be wrapped, or have moved.
+    model.four_bit = describe_four_bit(model) if settings.method == "qlora" else None
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such a CPU the first pass without gradients would pack the 4-bit weights anew, for a product that has

@@ -2,10 +2,10 @@
 The round trip of a 4-bit load: what a base's weights were while an adapter was trained on them.
 
 bitsandbytes cuts a weight into blocks of 64 values in a row, divides each by its largest magnitude and takes the
-nearest of 16 numbers; with double quantization the magnitudes are stored in 8 bits as well, less their mean. Here the
-same is done to blocks of rows, by elementwise operations that give the same bits on any device. The mean is one over
-the whole tensor, whose bits in bitsandbytes depend on threads and device: here it is summed in float64 in a fixed
-order. A magnitude that lies within that difference of a boundary of its 8 bits can get the neighbouring code.
+nearest of 16 numbers (NF4); with double quantization the magnitudes are stored in 8 bits as well, less their mean.
+Here the same is done to blocks of rows, by elementwise operations that give the same bits on any device. The mean is
+one over the whole tensor, whose bits in bitsandbytes depend on threads and device: here it is summed in float64 in a
+fixed order. A magnitude that lies within that difference of a boundary of its 8 bits can get the neighbouring code.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ class FourBit:
     How bitsandbytes held a base in training.
 
     Attributes:
+        device: that quantized it, cpu or cuda: on the CPU, bitsandbytes 0.50.2 does not always take the nearest of the
+            8-bit numbers (460 of 262,144 magnitudes of one matrix were its neighbour).
         dtype: that the weights were loaded in, and are again when they are used: "bfloat16".
-        quant_type: nf4 or fp4.
         double_quant: whether the magnitudes were quantized as well.
         blocksize: values in a block.
         layers: number of layers in 4 bits.
         skipped: names of the modules whose matrices were left as they are.
     """
 
+    device: str
     dtype: str
-    quant_type: str
     double_quant: bool
     blocksize: int
     layers: int
@@ -62,28 +63,22 @@ class FourBit:
 
 
 def describe_four_bit(model: Module) -> dict[str, Any] | None:
-    """How a loaded model is held, for its adapter's manifest; None where no layer of it is in 4 bits."""
+    """How a model is held right after its load, for its adapter's manifest; None where no layer of it is in NF4."""
     from bitsandbytes.nn import Linear4bit
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = dict(model.named_modules())
-    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     held, skipped = [], []
-    for name, module in modules.items():
-        if name.startswith(adapted):
-            continue
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, Linear4bit):
-            held.append(layer.weight)
-        elif getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            held.append(module.weight)
+        elif getattr(module, "weight", None) is not None and module.weight.dim() == 2:
             skipped.append(name)
-    if not held:
+    if not held or held[0].quant_state.quant_type != "nf4":
         return None
     state = held[0].quant_state
     return asdict(
         FourBit(
+            device=held[0].device.type,
             dtype=str(state.dtype).removeprefix("torch."),
-            quant_type=state.quant_type,
             double_quant=state.nested,
             blocksize=state.blocksize,
             layers=len(held),
@@ -106,7 +101,7 @@ def read_four_bit(adapter: Mapping[str, Any]) -> FourBit:
     if not isinstance(said, Mapping) or said.keys() != FourBit.__annotations__.keys():
         raise FourBitError(
             "merge.base_weights: nf4 is the base as it was in training, and this adapter's manifest does not say how "
-            "its base was held in 4 bits; merge onto the original weights, or train it with method: qlora"
+            "its base was held in NF4; merge onto the original weights, or train it with method: qlora"
         )
     return FourBit(**{**said, "skipped": tuple(said["skipped"])})
 
@@ -136,17 +131,23 @@ def block_scales(tensor: StoredTensor, how: FourBit) -> BlockScales:
         values = torch.nn.functional.pad(values, (0, -len(values) % how.blocksize))
         parts.append(values.view(-1, how.blocksize).abs().amax(dim=1))
     largest = torch.cat(parts)
-    return BlockScales(largest, _stored_twice(largest) if how.double_quant else largest)
+    return BlockScales(largest, _stored_twice(largest, how) if how.double_quant else largest)
 
 
-def _stored_twice(largest: Tensor) -> Tensor:
+def _stored_twice(largest: Tensor, how: FourBit) -> Tensor:
     """Magnitudes after their own quantization to 8 bits and back."""
-    from bitsandbytes.functional import quantize_blockwise
+    import torch
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
-    mean = (sum_rows(largest.double().unsqueeze(0))[0] / len(largest)).float()
-    codes, state = quantize_blockwise(largest - mean, blocksize=OUTER_BLOCK)
-    outer = state.absmax.repeat_interleave(OUTER_BLOCK)[: len(largest)]
-    return state.code[codes.long()] * outer + mean
+    count, numbers = len(largest), create_dynamic_map()
+    mean = (sum_rows(largest.double().unsqueeze(0))[0] / count).float()
+    blocks = torch.nn.functional.pad(largest - mean, (0, -count % OUTER_BLOCK)).view(-1, OUTER_BLOCK)
+    outer = blocks.abs().amax(dim=1)
+    if how.device == "cpu":
+        codes = quantize_blockwise((largest - mean), blocksize=OUTER_BLOCK)[0].long()
+    else:
+        codes = nearest(blocks, outer, numbers).flatten()[:count]
+    return numbers[codes] * outer.repeat_interleave(OUTER_BLOCK)[:count] + mean
 
 
 def round_trip(values: Tensor, first: int, scales: BlockScales, how: FourBit) -> Tensor:
@@ -158,34 +159,34 @@ def round_trip(values: Tensor, first: int, scales: BlockScales, how: FourBit) ->
         first: place of the first of them in the whole tensor.
     """
     import torch
+    from bitsandbytes.functional import get_4bit_type
 
     before = first % how.blocksize
     flat = torch.nn.functional.pad(_loaded(values.flatten(), how), (before, -(before + values.numel()) % how.blocksize))
     blocks = flat.view(-1, how.blocksize)
     start = first // how.blocksize
     largest, kept = (each[start : start + len(blocks)].to(values.device) for each in (scales.largest, scales.kept))
-    codes, numbers = nearest(blocks, largest, how.quant_type)
-    read = (numbers[codes] * kept.unsqueeze(1)).flatten()[before : before + values.numel()]
+    numbers = get_4bit_type("nf4", device=values.device)
+    read = (numbers[nearest(blocks, largest, numbers)] * kept.unsqueeze(1)).flatten()[before : before + values.numel()]
     return _loaded(read, how).view(values.shape)
 
 
-def nearest(blocks: Tensor, largest: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+def nearest(blocks: Tensor, largest: Tensor, numbers: Tensor) -> Tensor:
     """
-    The nearest of a type's 16 numbers to each value, in terms of the largest magnitude of its block.
+    Which of some numbers is the nearest to each value, in terms of the largest magnitude of its block.
 
     Args:
         blocks: (blocks, values), float32.
         largest: (blocks,).
+        numbers: in rising order.
 
     Returns:
-        Places in the type's numbers, (blocks, values), int32; and the numbers in rising order, (16,).
+        Places in `numbers`, (blocks, values), int32.
     """
     import torch
-    from bitsandbytes.functional import get_4bit_type
 
-    numbers = get_4bit_type(quant_type, device=blocks.device).sort().values
     scaled = (blocks * (1.0 / largest.clamp(min=LEAST)).unsqueeze(1)).clamp(-1, 1)
-    return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True), numbers
+    return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True)
 
 
 def _loaded(values: Tensor, how: FourBit) -> Tensor:

@@ -7,6 +7,7 @@ where this takes 0.6 s, and a damaged length keeps it busy for hours.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections import Counter
@@ -50,10 +51,7 @@ class GgufTensor:
     @property
     def values(self) -> int:
         """Number of weights."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,21 @@ def read_gguf(path: Path, *, vocabulary_only: bool = False) -> GgufFile:
 def count_types(file: GgufFile) -> dict[str, int]:
     """How many tensors there are of each type, by llama.cpp's names of tensor types."""
     return dict(sorted(Counter(tensor.type for tensor in file.tensors).items()))
+
+
+def check_same_tensors(made: GgufFile, source: GgufFile) -> None:
+    """
+    Raises:
+        GgufError: a file does not have the tensors, by name and shape, of the one that it was made of.
+    """
+    found, expected = ({tensor.name: tensor.shape for tensor in file.tensors} for file in (made, source))
+    unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if unlike:
+        name = unlike[0]
+        raise GgufError(
+            f"{made.path} does not have the tensors of {source.path}: {len(unlike)} differ, first {name}, "
+            f"{found.get(name, 'missing')} instead of {expected.get(name, 'none')}"
+        )
 
 
 def put_last(path: Path, keys: Sequence[str]) -> None:
@@ -214,7 +227,4 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int, int]:
     block_values, block_bytes = GGML_QUANT_SIZES[kind]
     if dimensions and shape[0] % block_values:
         raise ValueError(f"{name} has rows of {shape[0]} values, and {kind.name} has blocks of {block_values}")
-    size = block_bytes
-    for length in shape:
-        size *= length
-    return name, tuple(reversed(shape)), kind.name, offset, size // block_values
+    return name, tuple(reversed(shape)), kind.name, offset, math.prod(shape) // block_values * block_bytes

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from lib.errors import ModelmillError
 from lib.jsonfile import digest_json
 from lib.package_index import fetch_package
 from lib.process import run_program
+from lib.toolchain import cache_folder, cpu_features, describe_compiler
 
 PACKAGE = "llama-cpp-python"
 TOOLS = ("llama-quantize", "llama-server")
@@ -87,13 +87,13 @@ def provide_llama_cpp(
         threads: compilers run at once.
 
     Raises:
-        LlamaCppError: no compiler.
+        CompilerError: no compiler.
         ProgramError: the build failed.
         PackageIndexError: the source could not be fetched.
     """
     flags = [*CMAKE_FLAGS, f"-DLLAMA_BUILD_COMMIT={commit}", *cmake_flags]
-    compiler = _describe_compiler()
-    key = digest_json([sha256, flags, FASTER.read_text(), compiler, _cpu_features()])[:16]
+    compiler = describe_compiler()
+    key = digest_json([sha256, flags, FASTER.read_text(), compiler, cpu_features()])[:16]
     home = cache_folder() / "llama.cpp" / key
     found = LlamaCpp(source=home / "source", programs=home / "build" / "bin", commit=commit)
     if _is_complete(home, tools):
@@ -123,13 +123,6 @@ def use_llama_cpp(path: Path) -> LlamaCpp:
     return own
 
 
-def cache_folder() -> Path:
-    """Where builds are kept: $MODELMILL_CACHE, or modelmill in the user's cache folder. It may be deleted."""
-    if chosen := os.environ.get("MODELMILL_CACHE"):
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelmill"
-
-
 def _is_complete(home: Path, tools: Sequence[str]) -> bool:
     return (home / "source").is_dir() and all((home / f"{tool}.built").is_file() for tool in tools)
 
@@ -144,27 +137,6 @@ def _locked(home: Path) -> Iterator[None]:
             say("llama.cpp is being built by another process; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _describe_compiler() -> str:
-    """The compiler's version, and the words that follow the first in CXX, as in "g++ -O2" or "ccache g++"."""
-    chosen = os.environ.get("CXX", "").strip() or "c++"
-    try:
-        command = shlex.split(chosen)
-        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise LlamaCppError(
-            f"no C++ compiler ({chosen}) to build llama.cpp with; install one (Debian: apt install g++), "
-            "set the variable CXX to one, or set llama_cpp.path to a build of your own"
-        ) from error
-    return " ".join([shown.partition("\n")[0], *command[1:]])
-
-
-def _cpu_features() -> list[str]:
-    """The CPU's instruction sets, by which `-march=native` compiles; empty where the system does not list them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    listed = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    return sorted(listed[0]) if listed else []
 
 
 def _unpack_source(*, version: str, sha256: str, home: Path) -> None:

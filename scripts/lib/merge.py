@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import ModelmillError
 from lib.fixed_sum import sum_rows
+from lib.fold import add_products
 from lib.four_bit import BlockScales, block_scales, round_trip
 from lib.lora import LowRank
 from lib.safetensors_file import read_columns, read_rows, read_values
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 # Values in a block of rows, 16 MiB of float32: what a thread works on, and what is read and written at once.
 BLOCK_VALUES = 1 << 22
-# Values for which the whole rank is summed before the next ones: small enough to stay in a core's cache. On one
-# core of a 2.5 GHz Xeon 70 to 80 M weights/s at rank 16, 25 M without.
-TILE_VALUES = 1 << 17
 MOST_NAMED = 20
 
 Job = TypeVar("Job")
@@ -216,28 +214,6 @@ def _factors(update: LowRank, start: int, stop: int, first: int, last: int) -> t
         right = read_columns(update.b, 0, update.b.rows, first, last).float().t()
         return left.contiguous(), right.contiguous()
     return read_columns(update.b, start, stop, first, last).float(), read_rows(update.a, first, last).float()
-
-
-def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """
-    total += left[:, k]·right[k, :] for one k after another, product and sum each rounded to float32.
-
-    Args:
-        total: (rows, columns), changed in place.
-        left, right: (rows, ranks) and (ranks, columns).
-    """
-    import torch
-
-    # A GPU is given all at once: it has no such cache, and starting an operation takes longer there.
-    rows = max(1, TILE_VALUES // total.shape[1]) if total.device.type == "cpu" else total.shape[0]
-    product = torch.empty_like(total[:rows])
-    columns = left.t().contiguous().unsqueeze(2)  # (ranks, rows, 1)
-    for top in range(0, total.shape[0], rows):
-        tile = total[top : top + rows]
-        held = product[: tile.shape[0]]
-        for k in range(right.shape[0]):
-            torch.mul(columns[k, top : top + rows], right[k], out=held)
-            tile.add_(held)
 
 
 def row_norms(values: Tensor) -> Tensor:

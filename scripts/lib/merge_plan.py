@@ -37,15 +37,12 @@ class MergedTensor:
     @property
     def row_values(self) -> int:
         """Values in one row."""
-        return self.values // self.rows if self.rows else 0
+        return math.prod(self.shape[1:])
 
     @property
     def values(self) -> int:
         """Values of the whole tensor."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,15 +44,12 @@ class StoredTensor:
     @property
     def row_values(self) -> int:
         """Values in one row."""
-        values = 1
-        for length in self.shape[1:]:
-            values *= length
-        return values
+        return math.prod(self.shape[1:])
 
     @property
     def values(self) -> int:
         """Values of the whole tensor."""
-        return self.rows * self.row_values
+        return math.prod(self.shape)
 
 
 class Shaped(Protocol):

@@ -17,7 +17,6 @@ from lib.base_model import check_device, explain_loading, limit_memory
 from lib.checkpoints import newest_checkpoint, step_of
 from lib.console import say
 from lib.dataset import DataError, read_examples
-from lib.four_bit import describe_four_bit
 from lib.samples import Sample, SampleSummary, check_learnable, encode_examples, pack_samples, summarize_samples
 from lib.train_settings import Train
 
@@ -98,11 +97,10 @@ def train_lora(*, places: Places, settings: Train, gpus: Sequence[float]) -> Tra
         model = build_model(places.base, settings, gpus=gpus, cleanup=cleanup)
         if settings.packing:
             check_packable(model)
-        four_bit = describe_four_bit(model.get_base_model())
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         say(f"training {trainable:,} weights by {settings.method} in {settings.precision} on {settings.device}")
         trainer = _run(model, train, held_out, settings, places)
-    return TrainedAdapter(model, four_bit, _history(trainer, settings, train))
+    return TrainedAdapter(model, model.get_base_model().four_bit, _history(trainer, settings, train))
 
 
 def _quieten_transformers() -> None:

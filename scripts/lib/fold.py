@@ -1,0 +1,127 @@
+"""
+The sum of a low-rank update over its rank: acc = acc + left[:, k]·right[k, :] for one k after another.
+
+Each product and each sum is a float32 operation rounded by itself, so that torch's elementwise operations and the
+loop below give the same bits on any CPU and GPU. The loop is compiled on first use: it takes all ranks while a few
+values stay in the registers, and holds no lock that other threads wait for. 32 threads of torch's operations folded
+a 32B no faster than one would, since each has to hold Python's lock at its start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lib.console import note
+from lib.jsonfile import digest_json
+from lib.toolchain import CompilerError, cache_folder, compiler, cpu_features, describe_compiler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Values for which torch sums the whole rank before the next ones: small enough to stay in a core's cache.
+TILE_VALUES = 1 << 17
+# No contraction of a product and a sum into one rounding, and no other order, whatever CXX says.
+FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-ffp-contract=off", "-shared", "-fPIC")
+SOURCE = """
+#include <cstddef>
+
+// As many columns as keep the factors' rows in the first cache at a rank of 16.
+static const size_t WIDTH = 256;
+
+static void add_four(float *__restrict sums, const float *factors, const float *__restrict right,
+                     size_t columns, size_t count)
+{
+    const float a = factors[0], b = factors[1], c = factors[2], d = factors[3];
+    for (size_t i = 0; i < count; i++)
+        sums[i] = (((sums[i] + a * right[i]) + b * right[columns + i]) + c * right[2 * columns + i])
+                  + d * right[3 * columns + i];
+}
+
+static void add_one(float *__restrict sums, float factor, const float *__restrict right, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        sums[i] = sums[i] + factor * right[i];
+}
+
+// total (rows, columns), left (rows, ranks) and right (ranks, columns), all in rows.
+extern "C" void add_products(float *total, const float *left, const float *right,
+                             size_t rows, size_t columns, size_t ranks)
+{
+    for (size_t start = 0; start < columns; start += WIDTH) {
+        const size_t count = columns - start < WIDTH ? columns - start : WIDTH;
+        for (size_t row = 0; row < rows; row++) {
+            float *sums = total + row * columns + start;
+            const float *factors = left + row * ranks;
+            size_t k = 0;
+            for (; k + 4 <= ranks; k += 4)
+                add_four(sums, factors + k, right + k * columns + start, columns, count);
+            for (; k < ranks; k++)
+                add_one(sums, factors[k], right + k * columns + start, count);
+        }
+    }
+}
+"""
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """
+    total += left[:, k]·right[k, :] for one k after another, product and sum each rounded to float32.
+
+    Args:
+        total: (rows, columns), changed in place.
+        left, right: (rows, ranks) and (ranks, columns), on the same device.
+    """
+    loop = compiled_loop() if total.device.type == "cpu" else None
+    if loop is None:
+        add_by_torch(total, left, right)
+        return
+    left, right = left.contiguous(), right.contiguous()
+    loop(total.data_ptr(), left.data_ptr(), right.data_ptr(), *total.shape, left.shape[1])
+
+
+def add_by_torch(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """The same by torch's own operations."""
+    import torch
+
+    # A GPU is given all rows at once: it has no such cache, and starting an operation takes longer there.
+    rows = max(1, TILE_VALUES // total.shape[1]) if total.device.type == "cpu" else total.shape[0]
+    product = torch.empty_like(total[:rows])
+    columns = left.t().contiguous().unsqueeze(2)  # (ranks, rows, 1)
+    for top in range(0, total.shape[0], rows):
+        tile = total[top : top + rows]
+        held = product[: tile.shape[0]]
+        for k in range(right.shape[0]):
+            torch.mul(columns[k, top : top + rows], right[k], out=held)
+            tile.add_(held)
+
+
+@cache
+def compiled_loop(flags: Sequence[str] = FLAGS) -> Callable[..., None] | None:
+    """The compiled loop, kept in the cache; None where it cannot be compiled, which costs time and nothing else."""
+    try:
+        key = digest_json([SOURCE, list(flags), describe_compiler(), cpu_features()])[:16]
+        library = cache_folder() / "fold" / f"{key}.so"
+        if not library.is_file():
+            _compile(library, flags)
+        loop = ctypes.CDLL(str(library)).add_products
+    except (CompilerError, OSError, subprocess.CalledProcessError) as error:
+        note(f"the merge's loop could not be compiled and is slower: {getattr(error, 'stderr', None) or error}")
+        return None
+    loop.argtypes, loop.restype = [ctypes.c_void_p] * 3 + [ctypes.c_size_t] * 3, None
+    return loop
+
+
+def _compile(library: Path, flags: Sequence[str]) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=library.parent) as folder:
+        source, built = Path(folder, "fold.cpp"), Path(folder, "fold.so")
+        source.write_text(SOURCE)
+        subprocess.run([*compiler(), *flags, source, "-o", built], capture_output=True, text=True, check=True)
+        os.replace(built, library)  # whole or not at all, also with several at once
