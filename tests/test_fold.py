@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import ROOT
 from test_merge import random
 
 from lib import fold
-from lib.fold import FLAGS, add_by_torch, add_products, compiled_loop
+from lib.fold import FLAGS, add_by_torch, add_products, compiled_loop, load_loop
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (7, 255, 4), (5, 256, 16), (33, 700, 13), (2, 1025, 0), (300, 64, 64)]
 
@@ -81,15 +82,28 @@ def test_without_a_compiler_it_is_slower_and_the_same(tmp_path: Path, monkeypatc
     monkeypatch.setenv("CXX", "no-such-compiler")
     said: list[str] = []
     monkeypatch.setattr(fold, "note", said.append)
-    compiled_loop.cache_clear()
+    load_loop.cache_clear()
     try:
         total, left, right = parts(33, 700, 13)
         found = total.clone()
         add_products(found, left, right)
     finally:
-        compiled_loop.cache_clear()
+        load_loop.cache_clear()
     assert np.array_equal(found.numpy(), step_by_step(total, left, right))
     assert len(said) == 1 and "no C++ compiler (no-such-compiler)" in said[0]
+
+
+def test_several_threads_compile_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELMILL_CACHE", str(tmp_path))
+    compiled, compile_it = [], fold._compile
+    monkeypatch.setattr(fold, "_compile", lambda *given: (compiled.append(given), compile_it(*given)))
+    load_loop.cache_clear()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            loops = list(pool.map(lambda _: compiled_loop(), range(8)))
+    finally:
+        load_loop.cache_clear()
+    assert len(compiled) == 1 and None not in loops
 
 
 def test_several_processes_compile_it_at_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from lib.console import note
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 TILE_VALUES = 1 << 17
 # No contraction of a product and a sum into one rounding, and no other order, whatever CXX says.
 FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-ffp-contract=off", "-shared", "-fPIC")
+_compiling = Lock()
 SOURCE = """
 #include <cstddef>
 
@@ -102,9 +104,15 @@ def add_by_torch(total: Tensor, left: Tensor, right: Tensor) -> None:
             tile.add_(held)
 
 
-@cache
 def compiled_loop(flags: Sequence[str] = FLAGS) -> Callable[..., None] | None:
     """The compiled loop, kept in the cache; None where it cannot be compiled, which costs time and nothing else."""
+    with _compiling:  # the first of several threads compiles, the others wait for it
+        return load_loop(flags)
+
+
+@cache
+def load_loop(flags: Sequence[str]) -> Callable[..., None] | None:
+    """Compile the loop if the cache does not hold it, and load it."""
     try:
         key = digest_json([SOURCE, list(flags), describe_compiler(), cpu_features()])[:16]
         library = cache_folder() / "fold" / f"{key}.so"
