@@ -13,7 +13,9 @@ import torch
 import transformers
 from convert_gguf import convert_gguf
 from real_tokenizers import R1_DISTILL_QWEN, write_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, PreTrainedModel
+from transformers.convert_slow_tokenizer import generate_merges
 
 from lib.llama_cpp import LlamaCpp
 from lib.llama_server import LlamaServer, serving
@@ -42,6 +44,46 @@ def sentencepiece(tiny_base: Path, folder: Path) -> int:
     return 384
 
 
+def gemma(tiny_base: Path, folder: Path) -> int:
+    """Gemma's tokenizer kind: SentencePiece without a space before the text, single digits, turns as special tokens."""
+    pieces = folder / "tokenizer.model"
+    (folder / "text").write_text(f"{TEXT}\n" * 40)
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(pieces.with_suffix("")),
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=turns,
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
+        **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
+    )
+    read = SentencePieceProcessor(str(pieces))
+    vocabulary = {read.id_to_piece(number): number for number in range(read.get_piece_size())}
+    special = (read.is_control, read.is_unknown, read.is_byte)
+    merged = {
+        piece: read.get_score(number)
+        for piece, number in vocabulary.items()
+        if piece not in turns and not any(is_one(number) for is_one in special)
+    }
+    tokenizer = GemmaTokenizer(
+        vocab=vocabulary,
+        merges=generate_merges(vocabulary, merged),
+        mask_token="<unk>",
+        additional_special_tokens=turns,
+    )
+    tokenizer.save_pretrained(folder)
+    for left in ("text", "tokenizer.vocab"):
+        (folder / left).unlink()
+    return len(vocabulary)
+
+
 def byte_level(tiny_base: Path, folder: Path) -> int:
     """The R1 distillations' own, as on Qwen2 and Qwen3; their embedding is longer than the vocabulary."""
     write_tokenizer(R1_DISTILL_QWEN, folder)
@@ -51,6 +93,7 @@ def byte_level(tiny_base: Path, folder: Path) -> int:
 MODELS: dict[str, tuple[str, Callable[[Path, Path], int], dict[str, Any]]] = {
     "llama": ("Llama", sentencepiece, {}),
     "mistral": ("Mistral", sentencepiece, {"sliding_window": None}),
+    "gemma": ("Gemma", gemma, {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", byte_level, {}),
     "qwen2-tied": ("Qwen2", byte_level, {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", byte_level, {"head_dim": 32}),
@@ -96,7 +139,7 @@ def test_tokens_are_the_same(checkpoint: Path, server: LlamaServer) -> None:
     special = tokenizer.eos_token
     # Behind a special token llama.cpp puts the space that SentencePiece begins a text with once more; transformers
     # does not.
-    behind = "" if (checkpoint / "tokenizer.model").is_file() else TEXT
+    behind = "" if tokenizer.tokenize("a")[0].startswith("▁") else TEXT
     text = f"{TEXT}{special}{behind}"
     assert special and tokenizer.convert_tokens_to_ids(special) in tokenizer.encode(text, add_special_tokens=False)
     assert server.tokenize(text, parse_special=True) == tokenizer.encode(text, add_special_tokens=False)
