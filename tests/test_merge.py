@@ -88,7 +88,7 @@ def by_definition(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float
     return result
 
 
-def norms_by_definition(values: np.ndarray) -> np.ndarray:
+def norms_by_definition(values: np.ndarray, *, root: bool = True) -> np.ndarray:
     """Each row's squares in float64, padded to a power of two, the upper half added to the lower until one is left."""
     result = np.empty(len(values))
     for number, row in enumerate(values.astype(np.float64)):
@@ -97,7 +97,7 @@ def norms_by_definition(values: np.ndarray) -> np.ndarray:
         while len(squares) > 1:
             half = len(squares) // 2
             squares = [low + high for low, high in zip(squares[:half], squares[half:], strict=True)]
-        result[number] = np.sqrt(squares[0])
+        result[number] = np.sqrt(squares[0]) if root else squares[0]
     return result
 
 
@@ -163,6 +163,24 @@ def test_dora_to_the_bit(held: torch.dtype, columns: int, tmp_path: Path) -> Non
     assert same_bits(merge(tensor, dtype=torch.float32, block_values=1).numpy(), total * factors[:, None])
 
 
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("block", [1, 500, 1 << 22])
+def test_dora_of_a_transposed_weight_to_the_bit(
+    block: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squares of each column, groups of 64 rows by trees of halves, one group after another."""
+    weight, a, b, magnitude = random(rows, 7, seed=1), random(4, rows, seed=2), random(7, 4, seed=3), random(7, seed=4)
+    total = by_definition(weight.t().numpy(), a.numpy(), b.numpy(), 0.7)
+    squares = np.zeros(7)
+    for start in range(0, rows, 64):
+        squares += norms_by_definition(total[:, start : start + 64], root=False)
+    factors = magnitude.numpy() / np.sqrt(squares).astype(np.float32)
+    tensor = planned(tmp_path, weight, a, b, magnitude, scale=0.7, transposed=True)
+    monkeypatch.setattr(module, "BLOCK_VALUES", block)
+    assert same_bits(exact(tensor), (total * factors[:, None]).T)
+    assert same_bits(merge(tensor, dtype=torch.float32, block_values=block).numpy(), (total * factors[:, None]).T)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 100, 1000, 4097])
 def test_norms_are_a_tree_of_halves(columns: int) -> None:
     values = random(3, columns, seed=5)
@@ -218,15 +236,16 @@ def test_the_files_that_are_read_stay(tmp_path: Path) -> None:
 
 
 @OUTPUTS
-@pytest.mark.parametrize("kind", ["lora", "transposed", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "transposed", "dora", "transposed dora"])
 def test_threads_and_blocks_change_no_byte(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Large enough for torch to split the work by itself: from 32768 values on."""
     rows, columns = 300, 512
     weight, a, b = random(rows, columns, seed=5), random(8, columns, seed=6), random(rows, 8, seed=7)
-    if kind == "transposed":
+    transposed = kind.startswith("transposed")
+    if transposed:
         a, b = random(8, rows, seed=6), random(columns, 8, seed=7)
-    magnitude = [random(rows, seed=8).abs()] if kind == "dora" else []
-    tensor = planned(tmp_path, weight, a, b, *magnitude, scale=0.37, transposed=kind == "transposed")
+    magnitude = [random(columns if transposed else rows, seed=8).abs()] if kind.endswith("dora") else []
+    tensor = planned(tmp_path, weight, a, b, *magnitude, scale=0.37, transposed=transposed)
     digests, before = set(), torch.get_num_threads()
     try:
         for threads in (1, 2, 5):

@@ -79,6 +79,7 @@ CASES = {
     "regular expression": of_llama(target_modules=r".*\.1\.(mlp|self_attn)\.[a-z]+_proj"),
     "rsLoRA": of_llama(target_modules=LINEAR, use_rslora=True, lora_alpha=7),
     "DoRA": of_llama(target_modules=LINEAR, use_dora=True),
+    "DoRA, embedding and head": of_llama(target_modules=["embed_tokens", "lm_head", "q_proj"], use_dora=True),
     "patterns": of_llama(target_modules=LINEAR, **PATTERNS),
     "layers": of_llama(target_modules=LINEAR, layers_to_transform=[1]),
     "layers by pattern": of_llama(target_modules=LINEAR, layers_to_transform=0, layers_pattern="layers"),
@@ -111,6 +112,7 @@ CASES = {
         tied_llama, {**Q, "trainable_token_indices": {"lm_head": [1], "embed_tokens": [3, 5]}}, untied=True
     ),
     "fan_in_fan_out": Case(gpt2, CONV),
+    "fan_in_fan_out, DoRA": Case(gpt2, {**CONV, "use_dora": True}),
     "fan_in_fan_out, bias all": Case(gpt2, {**CONV, "bias": "all"}),
     "fan_in_fan_out, embedding": Case(gpt2, {**CONV, "target_modules": ["wte", "c_attn"]}, untied=True),
     "grown": Case(llama, Q, grown=True),
@@ -373,20 +375,6 @@ def test_a_magnitude_and_its_setting_go_together(name: str, tmp_path: Path) -> N
     lines = refused(right, tmp_path / "out")
     assert len(lines) == 2 * 7
     assert all(line.endswith(f".weight: {CONFIG} and its tensors disagree about DoRA") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("make", "settings", "count"),
-    [(llama, {"target_modules": ["embed_tokens"]}, 1), (gpt2, {**CONV, "target_modules": ["c_attn"]}, 2)],
-    ids=["embedding", "fan_in_fan_out"],
-)
-def test_dora_of_transposed_weights(
-    make: Callable[[], torch.nn.Module], settings: dict[str, Any], count: int, tmp_path: Path
-) -> None:
-    """Their magnitudes go with columns as stored; none of it is merged, so none of it is guessed."""
-    lines = refused(tune(Case(make, {**settings, "use_dora": True}), tmp_path), tmp_path / "out")
-    assert len(lines) == count
-    assert all(line.endswith("DoRA on an embedding or with fan_in_fan_out cannot be merged") for line in lines)
 
 
 def test_all_that_does_not_fit_the_base(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+# Rows whose sum is one tree.
+GROUP = 64
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,3 +25,17 @@ def sum_rows(values: Tensor) -> Tensor:
         width //= 2
         values = values[:, :width] + values[:, width:]
     return values[:, 0]
+
+
+def add_rows(total: Tensor, values: Tensor) -> None:
+    """
+    total += the sum of rows of `values`, over a tree of halves for each GROUP of them, one group after another.
+
+    The same however a matrix is cut into blocks, as long as each but the last has a multiple of GROUP rows.
+
+    Args:
+        total: (columns,), changed in place.
+        values: (rows, columns) in the same dtype.
+    """
+    for start in range(0, len(values), GROUP):
+        total.add_(sum_rows(values[start : start + GROUP].t()))

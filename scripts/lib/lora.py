@@ -76,7 +76,8 @@ class LowRank:
         b: (out, rank).
         scale: of the product.
         transposed: the weight is stored (in, out), as an embedding's or Conv1D's is.
-        magnitude: (out,), DoRA's length of each row after the update; None without DoRA.
+        magnitude: (out,), DoRA's length of each row after the update, of each column as stored if transposed; None
+            without DoRA.
     """
 
     a: StoredTensor
@@ -185,8 +186,6 @@ def _update_module(
             yield f"  {module}.weight: rank {a.rows}, but {CONFIG} says {rank}"
         if bool(config.get("use_dora")) != ("magnitude" in parts):
             yield f"  {module}.weight: {CONFIG} and its tensors disagree about DoRA"
-        elif "magnitude" in parts and transposed:
-            yield f"  {module}.weight: DoRA on an embedding or with fan_in_fan_out cannot be merged"
         if "b_bias" in parts:
             updates[f"{module}.bias"] = Update(replaced=parts.get("bias"), added=(parts["b_bias"], scale))
     elif {"magnitude", "b_bias"} & parts.keys():

@@ -6,7 +6,8 @@ acc = 0; for k < r: acc = acc + B[:, k]·A[k, :]; then W + scale·acc, rounded o
 No BLAS: its results change with the instruction set, the device and the shape of a block. Elementwise
 float32 multiplication and addition, as separate operations, are IEEE everywhere, so any thread count, any
 block of rows and any device give the same bytes. DoRA's norm of a row is a sum of squares in float64, over a
-tree of halves; squares of float32 values are exact there. Where the base's 4-bit round trip is wanted instead of
+tree of halves; squares of float32 values are exact there. Of an embedding and of Conv1D it is that of a column as
+stored, and groups of 64 rows are summed so, one after another. Where the base's 4-bit round trip is wanted instead of
 its original weights (lib.four_bit), W is that.
 """
 
@@ -21,11 +22,11 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.errors import ModelmillError
-from lib.fixed_sum import sum_rows
+from lib.fixed_sum import GROUP, add_rows, sum_rows
 from lib.fold import add_products
 from lib.four_bit import BlockScales, block_scales, round_trip
 from lib.lora import LowRank
-from lib.safetensors_file import read_columns, read_rows, read_values
+from lib.safetensors_file import StoredTensor, read_columns, read_rows, read_values
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,20 @@ class Overflows:
             raise MergeError("\n".join(parts))
 
 
+@dataclass(frozen=True)
+class Whole:
+    """
+    What has to be known of a whole tensor before any of its rows can be merged.
+
+    Attributes:
+        scales: of the base's blocks, if the tensor is one that was held in 4 bits.
+        lengths: of the columns of a transposed weight after its update, (columns,) float64, for DoRA.
+    """
+
+    scales: BlockScales | None = None
+    lengths: Tensor | None = None
+
+
 def _listing(title: str, lines: list[str]) -> str:
     more = [f"  and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
     return "\n".join([title, *(f"  {line}" for line in lines[:MOST_NAMED]), *more])
@@ -103,24 +118,24 @@ def merged_blocks(
         device: where it is computed; "cpu" or "cuda".
     """
 
-    def compute(job: tuple[MergedTensor, BlockScales | None, int, int]) -> Tensor:
+    def compute(job: tuple[MergedTensor, Whole, int, int]) -> Tensor:
         import torch
 
-        tensor, scales, start, stop = job
-        values = merged_rows(tensor, start, stop, scales=scales, device=device)
+        tensor, whole, start, stop = job
+        values = merged_rows(tensor, start, stop, whole=whole, device=device)
         result = values.to(dtype)
         if not torch.isfinite(result).all():
             overflows.note(tensor.name, values)
         return result.cpu()
 
-    def scales_of(tensor: MergedTensor) -> tuple[MergedTensor, BlockScales | None]:
-        return tensor, None if tensor.four_bit is None else block_scales(tensor.base, tensor.four_bit)
+    def known(tensor: MergedTensor) -> tuple[MergedTensor, Whole]:
+        return tensor, look_through(tensor, device=device)
 
-    def jobs() -> Iterator[tuple[MergedTensor, BlockScales | None, int, int]]:
-        for tensor, scales in in_order(tensors, scales_of, threads=threads):
+    def jobs() -> Iterator[tuple[MergedTensor, Whole, int, int]]:
+        for tensor, whole in in_order(tensors, known, threads=threads):
             step = max(1, block_values // max(1, tensor.row_values))
             for start in range(0, tensor.rows, step):
-                yield tensor, scales, start, min(start + step, tensor.rows)
+                yield tensor, whole, start, min(start + step, tensor.rows)
 
     yield from in_order(jobs(), compute, threads=threads)
 
@@ -151,23 +166,21 @@ def in_order(
 
 
 def merged_rows(
-    tensor: MergedTensor, start: int, stop: int, *, scales: BlockScales | None = None, device: str = "cpu"
+    tensor: MergedTensor, start: int, stop: int, *, whole: Whole | None = None, device: str = "cpu"
 ) -> Tensor:
     """
     Rows [start, stop) of one tensor after the merge.
 
     Args:
-        scales: of the base's blocks, if the tensor is one that was held in 4 bits.
+        whole: of `look_through`, which is called here if it is not given.
 
     Returns:
         (stop - start, row_values), float32, not rounded yet, on the device.
     """
-    update = tensor.update
-    values = read_rows(update.replaced or tensor.base, start, stop).to(device).float()
-    if tensor.four_bit is not None and scales is not None:
-        values = round_trip(values, start * tensor.row_values, scales, tensor.four_bit)
-    if update.low_rank is not None:
-        values = fold_low_rank(values, update.low_rank, start, stop)
+    update, whole = tensor.update, whole or look_through(tensor, device=device)
+    values = _adapted_rows(tensor, start, stop, scales=whole.scales, device=device)
+    if update.low_rank is not None and update.low_rank.magnitude is not None:
+        values = _set_lengths(values, update.low_rank.magnitude, start, stop, found=whole.lengths)
     if update.added is not None:
         bias, scale = update.added
         values = values + read_rows(bias, start, stop).to(device).float().mul_(scale)
@@ -179,9 +192,42 @@ def merged_rows(
     return values
 
 
-def fold_low_rank(weight: Tensor, update: LowRank, start: int, stop: int) -> Tensor:
+def look_through(tensor: MergedTensor, *, device: str) -> Whole:
+    """Read a tensor as a whole, a block of rows at a time, for what its merge needs to know of all of it."""
+    update = tensor.update.low_rank
+    scales = None if tensor.four_bit is None else block_scales(tensor.base, tensor.four_bit)
+    if update is None or update.magnitude is None or not update.transposed:
+        return Whole(scales)
+    step = max(1, BLOCK_VALUES // tensor.row_values // GROUP) * GROUP
+    squares = None
+    for start in range(0, tensor.rows, step):
+        values = _adapted_rows(tensor, start, min(start + step, tensor.rows), scales=scales, device=device)
+        squares = values.new_zeros(values.shape[1]).double() if squares is None else squares
+        add_rows(squares, values.double().square_())
+    return Whole(scales, None if squares is None else squares.sqrt())
+
+
+def _adapted_rows(tensor: MergedTensor, start: int, stop: int, *, scales: BlockScales | None, device: str) -> Tensor:
+    """Rows of the base, or of what replaces it, with the low-rank update; float32, on the device."""
+    update = tensor.update
+    values = read_rows(update.replaced or tensor.base, start, stop).to(device).float()
+    if tensor.four_bit is not None and scales is not None:
+        values = round_trip(values, start * tensor.row_values, scales, tensor.four_bit)
+    return values if update.low_rank is None else _add_low_rank(values, update.low_rank, start, stop)
+
+
+def _set_lengths(values: Tensor, trained: StoredTensor, start: int, stop: int, *, found: Tensor | None) -> Tensor:
+    """DoRA: give each row the trained length, or each column where their lengths are given; changes `values`."""
+    if found is None:
+        lengths = read_values(trained, start, stop - start).to(values.device).float()
+        return values.mul_((lengths / row_norms(values).float()).unsqueeze(1))
+    lengths = read_values(trained, 0, trained.values).to(values.device).float()
+    return values.mul_(lengths / found.to(values.device).float())
+
+
+def _add_low_rank(weight: Tensor, update: LowRank, start: int, stop: int) -> Tensor:
     """
-    Add a low-rank update to rows of a weight.
+    Add a low-rank update to rows of a weight, without DoRA's lengths.
 
     Args:
         weight: (stop - start, columns), float32: rows [start, stop) as they are stored; may be changed.
@@ -200,11 +246,7 @@ def fold_low_rank(weight: Tensor, update: LowRank, start: int, stop: int) -> Ten
         left, right = _factors(update, start, stop, first, last)
         add_products(total, left.to(weight.device), right.to(weight.device))
     # A multiplication and an addition, not `add(alpha=…)`, which may fuse the two.
-    total.mul_(update.scale).add_(weight)
-    if update.magnitude is None:
-        return total
-    magnitude = read_values(update.magnitude, start, stop - start).to(total.device).float()
-    return total.mul_((magnitude / row_norms(total).float()).unsqueeze(1))
+    return total.mul_(update.scale).add_(weight)
 
 
 def _factors(update: LowRank, start: int, stop: int, first: int, last: int) -> tuple[Tensor, Tensor]:
