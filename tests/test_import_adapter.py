@@ -124,13 +124,21 @@ def test_the_base_goes_by_its_manifest(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["as trained", "changed since"])
-def test_data_of_an_adapter_that_was_trained_here_stays_known(changed: bool, tiny_base: Path, tmp_path: Path) -> None:
-    adapter, data = write_constants(tmp_path / "run"), {"name": "talks.jsonl", "size": 3, "sha256": "0" * 64}
+def test_training_of_an_adapter_that_was_trained_here_stays_known(
+    changed: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = write_constants(tmp_path / "run")
+    known = {
+        "data": {"name": "talks.jsonl", "size": 3, "sha256": "0" * 64},
+        "four_bit": {"device": "cuda", "dtype": "bfloat16", "layers": 14},
+    }
     files = describe_files(adapter, [CONFIG, WEIGHTS], threads=1)
-    write_folder_manifest(adapter, artifact="adapter", files=files, origin={"data": data, "settings": {}})
+    write_folder_manifest(adapter, artifact="adapter", files=files, origin={**known, "settings": {}})
     if changed:
         write_constants(adapter, value=2.0)
-    assert taken(tiny_base, adapter, tmp_path / "out")["origin"].get("data") == (None if changed else data)
+    origin = taken(tiny_base, adapter, tmp_path / "out")["origin"]
+    assert {key: origin[key] for key in origin if key in known} == ({} if changed else known)
+    assert "settings" not in origin
 
 
 def pickle_alone(folder: Path) -> None:
