@@ -14,9 +14,9 @@ from lib.checkpoint import checkpoint_files
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import count_types, read_gguf
-from lib.jsonfile import write_json
+from lib.jsonfile import read_json, write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
-from lib.manifest import describe_file, identify_folder, write_file_manifest
+from lib.manifest import identify_folder, write_file_manifest
 from lib.outputs import finished_file
 from lib.process import run_program
 from lib.provenance import gguf_metadata
@@ -56,17 +56,19 @@ def convert_gguf(
     with finished_file(output) as partial, TemporaryDirectory() as folder:
         metadata = Path(folder) / "metadata.json"
         write_json(metadata, gguf_metadata(source, artifact=artifact, name=name, llama_cpp_commit=llama_cpp.commit))
-        _run_converter(llama_cpp, checkpoint, metadata=metadata, outtype=outtype, output=partial)
-        types = count_types(read_gguf(partial))
-        facts = describe_file(partial)
+        digest = Path(folder) / "digest.json"
+        _run_converter(llama_cpp, checkpoint, metadata=metadata, outtype=outtype, output=partial, digest=digest)
+        types, facts = count_types(read_gguf(partial)), read_json(digest)
     origin = {artifact: source, "llama_cpp": llama_cpp.commit, "type": outtype}
     say(f"wrote {output}: {facts['size'] / 1e6:.0f} MB, tensors {types}")
     return write_file_manifest(output, facts=facts, origin=origin)
 
 
-def _run_converter(llama_cpp: LlamaCpp, checkpoint: Path, *, metadata: Path, outtype: str, output: Path) -> None:
-    command = [sys.executable, checked_converter.__file__, llama_cpp.convert_script, checkpoint, "--outfile", output]
-    command += ["--outtype", outtype, "--metadata", metadata]
+def _run_converter(
+    llama_cpp: LlamaCpp, checkpoint: Path, *, metadata: Path, outtype: str, output: Path, digest: Path
+) -> None:
+    command = [sys.executable, checked_converter.__file__, digest, llama_cpp.convert_script, checkpoint]
+    command += ["--outfile", output, "--outtype", outtype, "--metadata", metadata]
     with progress("converting", total=100, unit="%") as bar:
         done = 0
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import Any
 
 from lib.console import progress
@@ -50,14 +49,8 @@ def describe_files(folder: Path, names: Iterable[str], *, threads: int) -> dict[
     """`describe_file` of several files in a folder; hashing releases the GIL, so threads help."""
     ordered = sorted(names)
     total = sum((folder / name).stat().st_size for name in ordered)
-    lock = Lock()
     with ThreadPoolExecutor(max_workers=threads) as pool, progress("hashing", total=total, unit="B") as bar:
-
-        def advance(amount: int) -> None:
-            with lock:
-                bar.advance(amount)
-
-        facts_of_each = pool.map(lambda name: describe_file(folder / name, advance=advance), ordered)
+        facts_of_each = pool.map(lambda name: describe_file(folder / name, advance=bar.advance), ordered)
         return dict(zip(ordered, facts_of_each, strict=True))
 
 
