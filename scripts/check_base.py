@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lib.base_model import explain_loading
 from lib.checkpoint import is_embedding
 from lib.cli import run_script, script_parser
 from lib.console import say
@@ -16,6 +15,7 @@ from lib.errors import ModelmillError
 from lib.gguf_file import read_gguf
 from lib.jsonfile import digest_json, write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
+from lib.loading import explain_loading
 from lib.process import ProgramError, run_program
 from lib.safetensors_file import read_tensors
 

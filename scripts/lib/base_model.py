@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.console import note
-from lib.errors import ModelmillError, first_line
 from lib.four_bit import describe_four_bit
+from lib.loading import BaseModelError, explain_loading
 from lib.safetensors_file import read_tensors
 from lib.train_settings import Train
 
@@ -24,10 +21,6 @@ WEIGHT_SHARE = 0.8
 BYTES_PER_WEIGHT = {"qlora": 0.52, "int8": 1.01}
 # Matrices that bitsandbytes leaves as they are: embeddings are no linear layers, and the output head is skipped.
 NOT_QUANTIZED = re.compile(r"embed|wte|lm_head")
-
-
-class BaseModelError(ModelmillError):
-    """A base cannot be loaded, or not on these devices."""
 
 
 def count_weights(base: Path) -> int:
@@ -151,23 +144,3 @@ def quantization_config(settings: Train) -> Any:
             **shared,
         )
     return None
-
-
-@contextmanager
-def explain_loading(what: str, base: Path) -> Iterator[None]:
-    """
-    Say of a base that transformers refuses which folder it is; the library's own errors seldom do.
-
-    It checks little itself: a damaged file ends in whatever exception its reading happens to meet, a plain
-    one from the tokenizers library, or a KeyError, TypeError, RuntimeError, SafetensorError and others.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        note(traceback.format_exc())
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BaseModelError(
-            f"{base}: transformers cannot load its {what} ({reason}); check the files there"
-        ) from error

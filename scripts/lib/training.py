@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.adapted_model import build_model, check_packable
-from lib.base_model import check_device, explain_loading, limit_memory
+from lib.base_model import check_device, limit_memory
 from lib.checkpoints import newest_checkpoint, step_of
 from lib.console import say
 from lib.dataset import DataError, read_examples
+from lib.loading import explain_loading
 from lib.samples import Sample, SampleSummary, check_learnable, encode_examples, pack_samples, summarize_samples
 from lib.train_settings import Train
 
