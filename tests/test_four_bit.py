@@ -127,7 +127,7 @@ def adapted(base: Path, folder: Path, *, precision: str, **quantization: Any) ->
     return model, folder
 
 
-def merge(base: Path, adapter: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
+def merge(base: Path, adapter: Path | None, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
     asked = {"dtype": "float16", "base_weights": "nf4", "max_shard_size": 1000, "threads": 2, **changes}
     merge_adapter(base=base, base_manifest=None, adapter=adapter, adapter_manifest=None, output=output, **asked)
     return weights(output)
@@ -203,6 +203,12 @@ def test_an_adapter_that_does_not_say(said: Any) -> None:
         read_four_bit({"origin": {"four_bit": said}})
     with pytest.raises(FourBitError):
         read_four_bit({"origin": None})
+
+
+def test_without_an_adapter_there_was_no_training(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FourBitError, match="there is no adapter"):
+        merge(tiny_base, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_of_another_number_of_layers(tiny_base: Path, tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
             {"train": {"method": "lora"}},
             "models.m.merge.base_weights: nf4 is the base of a 4-bit training, and method is lora",
         ),
+        (
+            {"base_weights": "nf4"},
+            {"train": {"method": "qlora", "quantization": {"bnb_4bit_quant_type": "fp4"}}},
+            "models.m.merge.base_weights: nf4, but quantization.bnb_4bit_quant_type is not; take the original ones",
+        ),
     ],
 )
 def test_merges_that_cannot_be(merge: dict[str, str], changes: dict[str, Any], said: str) -> None:

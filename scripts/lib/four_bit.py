@@ -87,16 +87,18 @@ def describe_four_bit(model: Module) -> dict[str, Any] | None:
     )
 
 
-def read_four_bit(adapter: Mapping[str, Any]) -> FourBit:
+def read_four_bit(adapter: Mapping[str, Any] | None) -> FourBit:
     """
     How the base was held while an adapter was trained.
 
     Args:
-        adapter: digest and origin of the adapter, as lib.manifest.identify_folder gives them.
+        adapter: digest and origin of the adapter, as lib.manifest.identify_folder gives them; None for no adapter.
 
     Raises:
-        FourBitError: its manifest does not say.
+        FourBitError: there is no adapter, or its manifest does not say.
     """
+    if adapter is None:
+        raise FourBitError("merge.base_weights: nf4 is the base as it was in training, and there is no adapter")
     said = (adapter["origin"] or {}).get("four_bit")
     if not isinstance(said, Mapping) or said.keys() != FourBit.__annotations__.keys():
         raise FourBitError(
@@ -144,7 +146,7 @@ def _stored_twice(largest: Tensor, how: FourBit) -> Tensor:
     blocks = torch.nn.functional.pad(largest - mean, (0, -count % OUTER_BLOCK)).view(-1, OUTER_BLOCK)
     outer = blocks.abs().amax(dim=1)
     if how.device == "cpu":
-        codes = quantize_blockwise((largest - mean), blocksize=OUTER_BLOCK)[0].long()
+        codes = quantize_blockwise(largest - mean, blocksize=OUTER_BLOCK)[0].long()
     else:
         codes = nearest(blocks, outer, numbers).flatten()[:count]
     return numbers[codes] * outer.repeat_interleave(OUTER_BLOCK)[:count] + mean

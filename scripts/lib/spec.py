@@ -302,6 +302,10 @@ def _check_merge(where: str, model: dict[str, Any], hardware: dict[str, Any], pr
         problems.append(f"{where}.base_weights: nf4 is the base as it was in training, and there is no adapter")
     elif train is not None and train["method"] not in ("qlora", "auto"):  # auto: what forbids it is told already
         problems.append(f"{where}.base_weights: nf4 is the base of a 4-bit training, and method is {train['method']}")
+    elif train is not None and train["quantization"]["bnb_4bit_quant_type"] != "nf4":
+        problems.append(
+            f"{where}.base_weights: nf4, but quantization.bnb_4bit_quant_type is not; take the original ones"
+        )
 
 
 def _check_quantize(where: str, quantize: dict[str, Any], problems: list[str]) -> None:
