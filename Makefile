@@ -42,11 +42,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.runtime: requirements.txt requirements-lock.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.txt -c requirements-lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements-dev.txt -c requirements-lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c requirements-lock.txt
 	@touch $@
 
 lock: $(VENV)/.dev

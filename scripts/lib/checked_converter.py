@@ -15,6 +15,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -34,13 +35,15 @@ NOT_FINITE = {
 
 
 class Checker:
-    """Reads a file that grows at its end alone, in a thread of its own."""
+    """Reads a file that grows at its end alone, in a thread of its own; a second one hashes, a block behind."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._begin = b""  # what stands before the first tensor
         self._read = 0
         self._digest = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(max_workers=1)
+        self._hashed: Future[None] | None = None
         self._problem: str | None = None
         self._waiting: Queue[tuple[Path, str, str, int, int] | None] = Queue(MOST_WAITING)
         self._thread = Thread(target=self._work, daemon=True)
@@ -72,7 +75,8 @@ class Checker:
         self._raise()
         size = self._path.stat().st_size
         for block in _blocks(self._path, self._read, size):
-            self._digest.update(block)
+            self._hash(block)
+        self._hashing.shutdown()
         if _read(self._path, 0, len(self._begin)) != self._begin:
             raise ValueError(f"{self._path} was changed at its beginning after its tensors were written")
         digest.write_text(json.dumps({"size": size, "sha256": self._digest.hexdigest()}))
@@ -91,10 +95,10 @@ class Checker:
 
     def _check(self, path: Path, name: str, kind: str, start: int, stop: int) -> str | None:
         for block in _blocks(path, self._read, start):
-            self._digest.update(block)
+            self._hash(block)
         finite = True
         for block in _blocks(path, start, stop):
-            self._digest.update(block)
+            self._hash(block)
             finite = finite and (kind not in NOT_FINITE or is_finite(block, kind=kind))
         self._read = stop
         if finite:
@@ -103,6 +107,11 @@ class Checker:
             f"{name} holds values that are not finite in {kind}: the checkpoint is damaged, or its "
             "values are beyond the range of 16-bit floats; bf16 has the range of float32"
         )
+
+    def _hash(self, block: bytes) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._hashing.submit(self._digest.update, block)
 
 
 class CheckedTensor:
