@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from lib import safetensors_file as safetensors
-from lib.adapter_folder import CONFIG, WEIGHTS
-from lib.checkpoint import INDEX, checkpoint_files, weight_files
+from lib.checkpoint import INDEX, copy_side_files
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
-from lib.four_bit import read_four_bit
-from lib.jsonfile import dump_json, read_json
-from lib.lora import read_lora, read_targets
-from lib.manifest import describe_file, identify_folder, write_folder_manifest
-from lib.merge import MergeError, Overflows, in_order, merged_blocks
-from lib.merge_plan import MergedTensor, hold_in_four_bits, plan_merge
+from lib.in_order import in_order
+from lib.jsonfile import dump_json
+from lib.manifest import describe_file, write_folder_manifest
+from lib.merge import MergeError, Overflows, merged_blocks
+from lib.merge_inputs import read_merge
+from lib.merge_plan import MergedTensor
 from lib.options import add_settings
 from lib.outputs import finished_folder
 
 # Shards that are written at once.
 MOST_WRITERS = 4
-STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def merge_adapter(
@@ -66,28 +62,24 @@ def merge_adapter(
     torch.set_num_threads(1)  # the threads are over blocks of rows
     if device == "cuda" and not torch.cuda.is_available():
         raise MergeError("merge.device is cuda, but torch finds no GPU that it can use; set it to cpu")
-    updates = read_lora(adapter) if adapter else {}
-    config = read_json(base / "config.json")
-    counted = {"is_target": read_targets(adapter)} if adapter else {}
-    plan = plan_merge(safetensors.read_tensors(base), updates, config, where=adapter or base, **counted)
-    origin: dict[str, Any] = {
-        "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=threads),
-        "adapter": identify_folder(
-            adapter, adapter_manifest, artifact="adapter", names=lambda _: [CONFIG, WEIGHTS], threads=threads
-        )
-        if adapter
-        else None,
-        "merge": {"base_weights": base_weights, "dtype": dtype},
-    }
-    if base_weights == "nf4":
-        plan = hold_in_four_bits(plan, read_four_bit(origin["adapter"]), where=base)
+    merge = read_merge(
+        base=base,
+        base_manifest=base_manifest,
+        adapter=adapter,
+        adapter_manifest=adapter_manifest,
+        dtype=dtype,
+        base_weights=base_weights,
+        threads=threads,
+    )
     inputs = [base, adapter] if adapter else [base]
+    most = max_shard_size * 10**6
     with finished_folder(output, inputs=inputs) as partial:
-        shards = safetensors.plan_shards(plan.tensors, dtype=STORED[dtype], max_shard_bytes=max_shard_size * 10**6)
+        shards = safetensors.plan_shards(merge.tensors, dtype=safetensors.STORED[dtype], max_shard_bytes=most)
         files = _write_shards(partial, shards, dtype=dtype, device=device, threads=threads)
-        files |= _copy_side_files(base, partial, config={**config, **plan.config}, dtype=dtype)
-        manifest = write_folder_manifest(partial, artifact="merged", files=files, origin=origin)
-    say(f"merged {len(updates)} updates into {len(plan.tensors)} tensors in {output}")
+        sides = copy_side_files(base, partial, config=merge.config, dtype=dtype)
+        files |= {name: describe_file(partial / name) for name in sides}
+        manifest = write_folder_manifest(partial, artifact="merged", files=files, origin=merge.origin)
+    say(f"merged {merge.updates} updates into {len(merge.tensors)} tensors in {output}")
     return manifest
 
 
@@ -97,7 +89,7 @@ def _write_shards(
     """Several shards at once, since a digest is computed by one thread; each has its share of the others."""
     import torch
 
-    stored, names = STORED[dtype], safetensors.shard_names(len(shards))
+    stored, names = safetensors.STORED[dtype], safetensors.shard_names(len(shards))
     writers = max(1, min(MOST_WRITERS, threads // 2, len(shards)))
     total = sum(tensor.values for shard in shards for tensor in shard) * safetensors.BYTES_PER_VALUE[stored]
     overflows, stopped = Overflows(dtype), Event()
@@ -123,17 +115,6 @@ def _write_shards(
         (folder / INDEX).write_text(dump_json(safetensors.index_of(shards, dtype=stored)))
         files[INDEX] = describe_file(folder / INDEX)
     return files
-
-
-def _copy_side_files(base: Path, folder: Path, *, config: dict[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """Copy tokenizer and licence byte for byte; in the config the dtype changes, and what the merge changed."""
-    sides = set(checkpoint_files(base)) - set(weight_files(base)) - {INDEX}
-    for name in sorted(sides):
-        shutil.copyfile(base / name, folder / name)
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    config.update(dict.fromkeys(keys, dtype))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return {name: describe_file(folder / name) for name in sorted(sides)}
 
 
 def _work(arguments: argparse.Namespace) -> None:

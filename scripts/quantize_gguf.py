@@ -11,17 +11,17 @@ from typing import Any
 from lib.cli import UsageError, run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import check_same_tensors, count_types, put_last, read_gguf
+from lib.imatrix import NAME as IMATRIX_NAME
+from lib.imatrix import identify_imatrix
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.options import add_settings, settings_from
 from lib.outputs import finished_file
 from lib.process import run_program
 from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES
+from lib.quantized_gguf import LAST_KEYS
 from lib.tensor_types import TensorTypes, pattern_problems, pure_problem, quantizer_options, refuse_unmatched
 from lib.typed import build, plain
-
-# Where llama-quantize puts these when it reads a file and writes it again.
-LAST_KEYS = ("general.quantization_version", "general.file_type")
 
 
 def quantize_gguf(
@@ -53,16 +53,15 @@ def quantize_gguf(
         GgufError: what it wrote is not whole, or does not have the tensors of the source.
     """
     origin = read_file_manifest(source)
-    matrix = None if imatrix is None else _identify(imatrix)
+    matrix = None if imatrix is None else identify_imatrix(imatrix)
     held = read_gguf(source)
     refuse_unmatched(tensor_types.tensor_type, names=[tensor.name for tensor in held.tensors], source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
     with finished_file(output) as partial, TemporaryDirectory() as folder:
         options = quantizer_options(tensor_types)
         if imatrix is not None:
-            # Its name, as typed, becomes a part of the file.
-            (Path(folder) / "imatrix.gguf").symlink_to(imatrix.absolute())
-            options += ["--imatrix", "imatrix.gguf"]
+            (Path(folder) / IMATRIX_NAME).symlink_to(imatrix.absolute())
+            options += ["--imatrix", IMATRIX_NAME]
         command = [llama_cpp.tool("llama-quantize").absolute(), *options, source.absolute(), partial.absolute()]
         _run_quantizer([*command, quant.upper(), str(threads)], folder=Path(folder), output=partial)
         if imatrix is not None:
@@ -76,14 +75,6 @@ def quantize_gguf(
     made_from = {key: origin[key] for key in ("name", "sha256", "origin")}
     made_by = {"llama_cpp": llama_cpp.commit, "type": quant, "tensor_types": plain(tensor_types), "imatrix": matrix}
     return write_file_manifest(output, facts=facts, origin={"source": made_from, **made_by})
-
-
-def _identify(imatrix: Path) -> dict[str, Any]:
-    """Digest and origin of a matrix; one that was not made here has no manifest and no origin."""
-    if not imatrix.with_name(imatrix.name + ".json").is_file():
-        return {"sha256": describe_file(imatrix)["sha256"], "origin": None}
-    manifest = read_file_manifest(imatrix)
-    return {key: manifest[key] for key in ("sha256", "origin")}
 
 
 def _run_quantizer(command: list[str | Path], *, folder: Path, output: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT
 from test_merge import random
 
-from lib import fold
-from lib.fold import FLAGS, add_by_torch, add_products, compiled_loop, load_loop
+from lib import fold, toolchain
+from lib.fold import add_by_torch, add_products, compiled_loop, load_loop
+from lib.toolchain import EXACT_FLAGS
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (7, 255, 4), (5, 256, 16), (33, 700, 13), (2, 1025, 0), (300, 64, 64)]
 
@@ -53,7 +54,7 @@ def test_both_ways_are_the_definition(shape: tuple[int, int, int], scale: float)
 def test_instruction_sets_change_no_bit(march: str) -> None:
     if os.uname().machine != "x86_64" and march.startswith("-march"):
         pytest.skip("these are instruction sets of x86-64")
-    loop = compiled_loop((*FLAGS, march))
+    loop = compiled_loop((*EXACT_FLAGS, march))
     assert loop is not None and loop is not compiled_loop()
     total, left, right = parts(37, 1000, 19)
     found = total.clone()
@@ -95,8 +96,8 @@ def test_without_a_compiler_it_is_slower_and_the_same(tmp_path: Path, monkeypatc
 
 def test_several_threads_compile_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELMILL_CACHE", str(tmp_path))
-    compiled, compile_it = [], fold._compile
-    monkeypatch.setattr(fold, "_compile", lambda *given: (compiled.append(given), compile_it(*given)))
+    compiled, compile_it = [], toolchain._compile
+    monkeypatch.setattr(toolchain, "_compile", lambda *given: (compiled.append(given), compile_it(*given)))
     load_loop.cache_clear()
     try:
         with ThreadPoolExecutor(8) as pool:

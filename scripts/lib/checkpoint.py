@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from lib.errors import ModelmillError
 from lib.jsonfile import read_json
@@ -82,6 +85,26 @@ def checkpoint_files(folder: Path) -> list[str]:
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
     sides = {path.name for path in folder.iterdir() if path.is_file() and is_side_file(path.name)}
     return sorted({*sides, *weight_files(folder)})
+
+
+def copy_side_files(base: Path, folder: Path, *, config: dict[str, Any], dtype: str) -> list[str]:
+    """
+    Copy tokenizer, licence and the like byte for byte, and write the config of a checkpoint in another dtype.
+
+    Args:
+        base: the checkpoint that they are of.
+        config: its config.json, with what else was changed; takes the dtype as well.
+
+    Returns:
+        The names of the files, config.json among them.
+    """
+    sides = sorted(set(checkpoint_files(base)) - set(weight_files(base)) - {INDEX})
+    for name in sides:
+        shutil.copyfile(base / name, folder / name)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(keys, dtype))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sides
 
 
 def is_side_file(name: str) -> bool:

@@ -10,26 +10,19 @@ a 32B no faster than one would, since each has to hold Python's lock at its star
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from lib.console import note
-from lib.jsonfile import digest_json
-from lib.toolchain import CompilerError, cache_folder, compiler, cpu_features, describe_compiler
+from lib.toolchain import EXACT_FLAGS, CompilerError, compiled_library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Values for which torch sums the whole rank before the next ones: small enough to stay in a core's cache.
 TILE_VALUES = 1 << 17
-# No contraction of a product and a sum into one rounding, and no other order, whatever CXX says.
-FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-ffp-contract=off", "-shared", "-fPIC")
 _compiling = Lock()
 SOURCE = """
 #include <cstddef>
@@ -104,7 +97,7 @@ def add_by_torch(total: Tensor, left: Tensor, right: Tensor) -> None:
             tile.add_(held)
 
 
-def compiled_loop(flags: Sequence[str] = FLAGS) -> Callable[..., None] | None:
+def compiled_loop(flags: Sequence[str] = EXACT_FLAGS) -> Callable[..., None] | None:
     """The compiled loop, kept in the cache; None where it cannot be compiled, which costs time and nothing else."""
     with _compiling:  # the first of several threads compiles, the others wait for it
         return load_loop(flags)
@@ -114,22 +107,9 @@ def compiled_loop(flags: Sequence[str] = FLAGS) -> Callable[..., None] | None:
 def load_loop(flags: Sequence[str]) -> Callable[..., None] | None:
     """Compile the loop if the cache does not hold it, and load it."""
     try:
-        key = digest_json([SOURCE, list(flags), describe_compiler(), cpu_features()])[:16]
-        library = cache_folder() / "fold" / f"{key}.so"
-        if not library.is_file():
-            _compile(library, flags)
-        loop = ctypes.CDLL(str(library)).add_products
-    except (CompilerError, OSError, subprocess.CalledProcessError) as error:
-        note(f"the merge's loop could not be compiled and is slower: {getattr(error, 'stderr', None) or error}")
+        loop = compiled_library("fold", {"fold.cpp": SOURCE}, flags).add_products
+    except (CompilerError, OSError) as error:
+        note(f"the merge's loop could not be compiled and is slower: {error}")
         return None
     loop.argtypes, loop.restype = [ctypes.c_void_p] * 3 + [ctypes.c_size_t] * 3, None
     return loop
-
-
-def _compile(library: Path, flags: Sequence[str]) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=library.parent) as folder:
-        source, built = Path(folder, "fold.cpp"), Path(folder, "fold.so")
-        source.write_text(SOURCE)
-        subprocess.run([*compiler(), *flags, source, "-o", built], capture_output=True, text=True, check=True)
-        os.replace(built, library)  # whole or not at all, also with several at once

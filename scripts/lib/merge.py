@@ -14,17 +14,16 @@ its original weights (lib.four_bit), W is that.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Event, Lock
-from typing import TYPE_CHECKING, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lib.errors import ModelmillError
 from lib.fixed_sum import GROUP, add_rows, sum_rows
 from lib.fold import add_products
 from lib.four_bit import BlockScales, block_scales, round_trip
+from lib.in_order import in_order
 from lib.lora import LowRank
 from lib.safetensors_file import StoredTensor, read_columns, read_rows, read_values
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 BLOCK_VALUES = 1 << 22
 MOST_NAMED = 20
 
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -93,6 +91,21 @@ class Whole:
     lengths: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class BlockTask(Generic[Result]):
+    """
+    A tensor to merge in blocks of rows, and what is done with each.
+
+    Attributes:
+        parts: the blocks in order, each by its first row and the one behind its last.
+        work: given a block's first row and its rows in the output dtype, on the device.
+    """
+
+    tensor: MergedTensor
+    parts: Iterable[tuple[int, int]]
+    work: Callable[[int, Tensor], Result]
+
+
 def _listing(title: str, lines: list[str]) -> str:
     more = [f"  and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
     return "\n".join([title, *(f"  {line}" for line in lines[:MOST_NAMED]), *more])
@@ -118,51 +131,48 @@ def merged_blocks(
         device: where it is computed; "cpu" or "cuda".
     """
 
-    def compute(job: tuple[MergedTensor, Whole, int, int]) -> Tensor:
-        import torch
+    def task(tensor: MergedTensor) -> BlockTask[Tensor]:
+        step = max(1, block_values // max(1, tensor.row_values))
+        parts = ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
+        return BlockTask(tensor, parts, lambda start, block: block.cpu())
 
-        tensor, whole, start, stop = job
-        values = merged_rows(tensor, start, stop, whole=whole, device=device)
-        result = values.to(dtype)
-        if not torch.isfinite(result).all():
-            overflows.note(tensor.name, values)
-        return result.cpu()
-
-    def known(tensor: MergedTensor) -> tuple[MergedTensor, Whole]:
-        return tensor, look_through(tensor, device=device)
-
-    def jobs() -> Iterator[tuple[MergedTensor, Whole, int, int]]:
-        for tensor, whole in in_order(tensors, known, threads=threads):
-            step = max(1, block_values // max(1, tensor.row_values))
-            for start in range(0, tensor.rows, step):
-                yield tensor, whole, start, min(start + step, tensor.rows)
-
-    yield from in_order(jobs(), compute, threads=threads)
+    yield from worked_blocks(map(task, tensors), dtype=dtype, overflows=overflows, threads=threads, device=device)
 
 
-def in_order(
-    jobs: Iterable[Job], work: Callable[[Job], Result], *, threads: int, stopped: Event | None = None
+def worked_blocks(
+    tasks: Iterable[BlockTask[Result]],
+    *,
+    dtype: torch.dtype,
+    overflows: Overflows,
+    threads: int,
+    device: str,
 ) -> Iterator[Result]:
     """
-    Results of jobs in their order, computed by threads that run at most one job each ahead.
+    What becomes of blocks of merged rows, in order; several threads merge and work ahead of whoever takes it.
 
     Args:
-        stopped: set once no more results are wanted, after an error or Ctrl-C too; long jobs look at it.
+        dtype, overflows, device: as for `merged_blocks`.
     """
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            if stopped is not None:
-                stopped.set()
+
+    def compute(job: tuple[BlockTask[Result], Whole, int, int]) -> Result:
+        import torch
+
+        task, whole, start, stop = job
+        values = merged_rows(task.tensor, start, stop, whole=whole, device=device)
+        block = values.to(dtype)
+        if not torch.isfinite(block).all():
+            overflows.note(task.tensor.name, values)
+        return task.work(start, block)
+
+    def known(task: BlockTask[Result]) -> tuple[BlockTask[Result], Whole]:
+        return task, look_through(task.tensor, device=device)
+
+    def jobs() -> Iterator[tuple[BlockTask[Result], Whole, int, int]]:
+        for task, whole in in_order(tasks, known, threads=threads):
+            for start, stop in task.parts:
+                yield task, whole, start, stop
+
+    yield from in_order(jobs(), compute, threads=threads)
 
 
 def merged_rows(

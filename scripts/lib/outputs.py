@@ -67,6 +67,17 @@ def finished_file(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder, which is removed when the block ends; what a run that was killed left there is, too."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
 def only_writer(output: Path) -> Iterator[None]:
     """
     Hold the right to write `output`, by a lock file beside it, until the block ends.

@@ -44,3 +44,8 @@ NEED_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_
 # Of types of tensors too: ggml's functions for them leave a matrix unused.
 IGNORE_IMATRIX = frozenset({"f32", "f16", "bf16", "q8_0", "tq2_0", "tq1_0"})
 BUILDABLE_TYPES = tuple(name for name in QUANTIZED_TYPES if name not in NEED_IMATRIX)
+
+
+def source_type(dtype: str) -> str:
+    """The 16-bit GGUF type that quantized files are made from, by the type of the merge."""
+    return {"float16": "f16", "bfloat16": "bf16", "float32": "f16"}[dtype]

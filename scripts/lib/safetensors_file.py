@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The names of merge.dtype's types.
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # The format's header is a length of 8 bytes and JSON; its library refuses more than 100 MB of it.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -194,6 +196,18 @@ def index_of(shards: Sequence[Sequence[Shaped]], *, dtype: str) -> dict[str, Any
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
+def shard_header(shard: Sequence[Shaped], *, dtype: str) -> bytes:
+    """What stands before the values of a safetensors file whose tensors follow one another."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + tensor.values * BYTES_PER_VALUE[dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_shard(path: Path, shard: Sequence[Shaped], *, dtype: str, blocks: Iterator[Tensor]) -> dict[str, Any]:
     """
     Write one safetensors file from blocks of rows that come in the order of `shard`.
@@ -203,25 +217,17 @@ def write_shard(path: Path, shard: Sequence[Shaped], *, dtype: str, blocks: Iter
     """
     import torch
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard:
-        start, end = end, end + tensor.values * BYTES_PER_VALUE[dtype]
-        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    header = shard_header(shard, dtype=dtype)
+    digest = hashlib.sha256(header)
     with path.open("wb", buffering=0) as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            digest.update(piece)
+        _write_all(file, memoryview(header))
         for block in blocks:
             data = memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B")
             _write_all(file, data)
             digest.update(data)
         os.fsync(file.fileno())
         size = file.tell()
-    expected = 8 + len(text) + end
+    expected = len(header) + sum(tensor.values for tensor in shard) * BYTES_PER_VALUE[dtype]
     if size != expected:
         raise CheckpointError(f"{path}: wrote {size} bytes, the header implies {expected}")
     return {"size": size, "sha256": digest.hexdigest()}

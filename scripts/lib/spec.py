@@ -15,7 +15,7 @@ from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
 from lib.calibration import size_problem
 from lib.config import check_config, config_error, definition, suggest, with_defaults
 from lib.jsonfile import read_json
-from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
+from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES, source_type
 from lib.tensor_types import TensorTypes, pattern_problems, pure_problem
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
@@ -165,7 +165,7 @@ class Model:
     @property
     def source_type(self) -> str:
         """The 16-bit GGUF type that quantized files are made from."""
-        return {"float16": "f16", "bfloat16": "bf16", "float32": "f16"}[self.merge.dtype]
+        return source_type(self.merge.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
-"""What compiled things depend on, the compiler and the CPU, and where they are kept."""
+"""The compiler, what its results depend on beside it, and where they are kept."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lib.errors import ModelmillError
+from lib.jsonfile import digest_json
+
+# For loops whose bits are defined: no contraction of a product and a sum into one rounding, and no other order of
+# operations, whatever CXX says.
+EXACT_FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-ffp-contract=off", "-shared", "-fPIC")
 
 
 class CompilerError(ModelmillError):
@@ -41,6 +49,39 @@ def describe_compiler() -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompilerError(_no_compiler(" ".join(command))) from error
     return " ".join([shown.partition("\n")[0], *command[1:]])
+
+
+def compiled_library(name: str, sources: Mapping[str, str], flags: Sequence[str]) -> ctypes.CDLL:
+    """
+    Compile a library of our own if the cache does not hold it, and load it.
+
+    Args:
+        name: of its folder in the cache.
+        sources: texts by file name; the first is the one that is compiled.
+
+    Raises:
+        CompilerError: there is no compiler, or it cannot compile this.
+        OSError: the cache cannot be written, or the library not loaded.
+    """
+    key = digest_json([dict(sources), list(flags), describe_compiler(), cpu_features()])[:16]
+    library = cache_folder() / name / f"{key}.so"
+    if not library.is_file():
+        _compile(library, sources, flags)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(library: Path, sources: Mapping[str, str], flags: Sequence[str]) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=library.parent) as folder:
+        for name, text in sources.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        built = Path(folder, library.name)
+        command = [*compiler(), *flags, Path(folder, next(iter(sources))), "-o", built]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompilerError(error.stderr) from error
+        os.replace(built, library)  # whole or not at all, also with several at once
 
 
 def _no_compiler(chosen: str) -> str:

@@ -1,0 +1,223 @@
+"""Build quantized GGUF files straight from base and adapter, without merged checkpoint or 16-bit file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.cli import UsageError, run_script, script_parser
+from lib.console import say
+from lib.gguf_file import check_same_tensors, count_types, read_gguf
+from lib.imatrix import Imatrix, identify_imatrix, read_imatrix
+from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
+from lib.manifest import write_file_manifest
+from lib.merge import MergeError, Overflows
+from lib.merge_inputs import read_merge
+from lib.options import add_settings, settings_from
+from lib.outputs import finished_file, scratch_folder
+from lib.provenance import gguf_metadata
+from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES, source_type
+from lib.quantized_gguf import plan_quantized
+from lib.tensor_types import TensorTypes, pattern_problems, pure_problem, quantizer_options, refuse_unmatched
+from lib.typed import build, plain
+
+if TYPE_CHECKING:
+    from lib.direct import Target
+    from lib.skeleton import Skeleton
+
+PLACE = "{quant}"
+
+
+def build_direct(
+    *,
+    base: Path,
+    base_manifest: Path | None,
+    adapter: Path | None,
+    adapter_manifest: Path | None,
+    name: str,
+    dtype: str,
+    base_weights: str,
+    tensor_types: TensorTypes,
+    imatrix: Path | None,
+    device: str,
+    outputs: Mapping[str, Path],
+    llama_cpp: LlamaCpp,
+    threads: int,
+) -> list[dict[str, Any]]:
+    """
+    Write `outputs` and their manifests: the bytes that merging, converting and quantizing give, in one pass.
+
+    Args:
+        base, adapter: folders of a checkpoint and of a LoRA in peft's format; without one, the base as it is.
+        base_manifest, adapter_manifest: their manifests, where these are not in the folders themselves.
+        name: the model's, for general.name.
+        dtype, base_weights: of the merge, as for merge_adapter.py.
+        tensor_types, imatrix: of the quantization, as for quantize_gguf.py.
+        device: cpu or cuda; the result does not depend on it.
+        outputs: by llama.cpp's type in lower case.
+        threads: the result does not depend on them.
+
+    Returns:
+        The manifests, in the order of `outputs`.
+
+    Raises:
+        CheckpointError, LoraError, FourBitError, MergeError, SkeletonError, GgmlError, GgufError: see the modules.
+        TensorTypeError: a pattern of `tensor_types` matches no tensor.
+        ProgramError: llama.cpp's converter or llama-quantize refused.
+    """
+    from lib.direct import write_quantized
+    from lib.ggml import Ggml
+    from lib.skeleton import make_skeleton
+
+    merge = read_merge(
+        base=base,
+        base_manifest=base_manifest,
+        adapter=adapter,
+        adapter_manifest=adapter_manifest,
+        dtype=dtype,
+        base_weights=base_weights,
+        threads=threads,
+    )
+    artifact = "merged" if adapter else "base"
+    source = {"digest": None, "origin": merge.origin} if adapter else merge.origin["base"]
+    ggml, overflows = Ggml(llama_cpp), Overflows(dtype)
+    matrix = None if imatrix is None else read_imatrix(imatrix)
+    identity = None if imatrix is None else identify_imatrix(imatrix)
+    types = ", ".join(quant.upper() for quant in outputs)
+    say(f"building {types} from {base} and {adapter or 'no adapter'} on {threads} threads, {device}")
+    with ExitStack() as stack:
+        partials = [stack.enter_context(finished_file(output)) for output in outputs.values()]
+        first = next(iter(outputs.values()))
+        skeleton = make_skeleton(
+            stack.enter_context(scratch_folder(first.with_name(f".{first.name}.skeleton"))),
+            merge.tensors,
+            base=base,
+            config=merge.config,
+            dtype=dtype,
+            outtype=source_type(dtype),
+            metadata=gguf_metadata(source, artifact=artifact, name=name, llama_cpp_commit=llama_cpp.commit),
+            llama_cpp=llama_cpp,
+            overflows=overflows,
+        )
+        names = [tensor.name for tensor in skeleton.file.tensors]
+        refuse_unmatched(tensor_types.tensor_type, names=names, source=str(base))
+        targets = [
+            _target(skeleton, quant, partial, tensor_types, imatrix, matrix, llama_cpp=llama_cpp)
+            for quant, partial in zip(outputs, partials, strict=True)
+        ]
+        facts = write_quantized(
+            skeleton, targets, ggml=ggml, dtype=dtype, overflows=overflows, threads=threads, device=device
+        )
+        overflows.check()
+        made = [read_gguf(partial) for partial in partials]
+        for file in made:
+            check_same_tensors(file, skeleton.file)
+    manifests = []
+    for (quant, output), each, file in zip(outputs.items(), facts, made, strict=True):
+        say(f"wrote {output}: {each['size'] / 1e6:.0f} MB, tensors {count_types(file)}")
+        made_by = {"llama_cpp": llama_cpp.commit, "type": quant, "tensor_types": plain(tensor_types)}
+        origin = {**(merge.origin if adapter else {"base": merge.origin["base"]}), **made_by, "imatrix": identity}
+        manifests.append(write_file_manifest(output, facts=each, origin=origin))
+    return manifests
+
+
+def _target(
+    skeleton: Skeleton,
+    quant: str,
+    path: Path,
+    tensor_types: TensorTypes,
+    imatrix: Path | None,
+    matrix: Imatrix | None,
+    *,
+    llama_cpp: LlamaCpp,
+) -> Target:
+    """One file's plan, with the importance of each tensor that has one."""
+    import torch
+
+    from lib.direct import Target
+
+    plan = plan_quantized(
+        skeleton.file,
+        quant,
+        options=quantizer_options(tensor_types),
+        imatrix=imatrix,
+        added=matrix.metadata if matrix else {},
+        llama_cpp=llama_cpp,
+    )
+    importance = {name: torch.from_numpy(values) for name, values in (matrix.importance if matrix else {}).items()}
+    return Target(plan, path, importance)
+
+
+def _outputs(template: str, quants: Sequence[str]) -> dict[str, Path]:
+    if len(set(quants)) > 1 and PLACE not in template:
+        raise UsageError(f"--output: several types need {PLACE} in the name, as in model.{PLACE}.gguf")
+    return {quant: Path(template.replace(PLACE, quant)) for quant in quants}
+
+
+def _device(chosen: str) -> str:
+    import torch
+
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise MergeError("--device is cuda, but torch finds no GPU that it can use; set it to cpu")
+    if chosen == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return chosen
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    tensor_types = build(TensorTypes, settings_from(arguments, "quantize"))
+    for quant in arguments.quant:
+        if quant in NEED_IMATRIX and arguments.imatrix is None:
+            raise UsageError(f"{quant} needs an importance matrix; give it with --imatrix")
+        if problem := pure_problem(tensor_types, quant):
+            raise UsageError(f"--pure: {problem}")
+    if problems := pattern_problems(arguments.tensor_type):
+        raise UsageError("\n".join(f"--tensor-type: {problem}" for problem in problems))
+    build_direct(
+        base=arguments.base,
+        base_manifest=arguments.base_manifest,
+        adapter=arguments.adapter,
+        adapter_manifest=arguments.adapter_manifest,
+        name=arguments.name,
+        dtype=arguments.dtype,
+        base_weights=arguments.base_weights,
+        tensor_types=tensor_types,
+        imatrix=arguments.imatrix,
+        device=_device(arguments.device),
+        outputs=_outputs(str(arguments.output), arguments.quant),
+        llama_cpp=llama_cpp_from(arguments),
+        threads=arguments.threads,
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
+    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter in peft's format; without it, the base as it is"
+    )
+    parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument(
+        "--quant", choices=QUANTIZED_TYPES, required=True, action="append", help="type of the weights; may be repeated"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=f"the GGUF file; {PLACE} in its name is the type"
+    )
+    parser.add_argument("--name", default="model", help="name of the model, written into the file")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it is computed; the bytes are the same"
+    )
+    add_settings(parser, "merge", without=("device", "max_shard_size"))
+    add_settings(parser, "quantize", without=("types", "imatrix", "path"))
+    add_llama_cpp_options(parser)
+    run_script(parser, _work)
+
+
+if __name__ == "__main__":
+    main()

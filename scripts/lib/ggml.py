@@ -1,0 +1,136 @@
+"""ggml's quantization of rows, by the library of a llama.cpp build, and by loops that give the same bytes sooner."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from lib.console import note
+from lib.errors import ModelmillError
+from lib.k_quants import BLOCK_VALUES, Loop, compiled_loops
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib.llama_cpp import LlamaCpp
+
+LIBRARY = "libggml-base.so"
+
+
+class GgmlError(ModelmillError):
+    """ggml cannot be called, or made something of a tensor that is not valid."""
+
+
+class Ggml:
+    """Quantizes rows to any of llama.cpp's types."""
+
+    def __init__(self, llama_cpp: LlamaCpp, *, own_loops: bool = True) -> None:
+        """
+        Args:
+            own_loops: take the loops of lib.k_quants for the types that they know.
+
+        Raises:
+            GgmlError: the build has no such library.
+        """
+        path = llama_cpp.programs / LIBRARY
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise GgmlError(
+                f"{path} cannot be loaded ({error}); the direct path needs a llama.cpp built with shared libraries "
+                "(-DBUILD_SHARED_LIBS=ON), or set quantize.path: staged"
+            ) from error
+        self._library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self._library.ggml_quantize_chunk.argtypes = [
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+        ]
+        self._library.ggml_validate_row_data.restype = ctypes.c_bool
+        self._library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        self._loops: Mapping[str, Loop] = self._tried(compiled_loops()) if own_loops else {}
+
+    def quantize(self, values: Tensor, kind: str, matrix: Tensor | None = None) -> Tensor:
+        """
+        Rows in another type.
+
+        Args:
+            values: (rows, columns), float32, finite, in RAM.
+            kind: ggml's name of the type, as in "Q4_K"; columns are a multiple of its block's values.
+            matrix: the importance of each column, (columns,), float32.
+
+        Returns:
+            (bytes,), uint8.
+        """
+        values = values.contiguous()
+        rows, columns = values.shape
+        result = torch.empty(rows * row_bytes(kind, columns), dtype=torch.uint8)
+        importance = None if matrix is None else matrix.data_ptr()
+        if loop := self._loops.get(kind):
+            loop(values.data_ptr(), rows, columns, importance, result.data_ptr())
+        else:
+            self._quantize(values, kind, importance, result)
+        return result
+
+    def check(self, data: Tensor, kind: str, *, name: str) -> None:
+        """
+        Raises:
+            GgmlError: quantized bytes hold a scale that is not finite.
+        """
+        if not self._library.ggml_validate_row_data(_number(kind), data.data_ptr(), data.numel()):
+            raise GgmlError(f"{name} cannot be held in {kind}: a scale is beyond the range of 16-bit floats")
+
+    def _quantize(self, values: Tensor, kind: str, importance: int | None, result: Tensor) -> None:
+        written = self._library.ggml_quantize_chunk(
+            _number(kind), values.data_ptr(), result.data_ptr(), 0, *values.shape, importance
+        )
+        if written != result.numel():
+            raise GgmlError(f"ggml wrote {written} bytes of {kind}, expected {result.numel()}")
+
+    def _tried(self, loops: Mapping[str, Loop]) -> Mapping[str, Loop]:
+        """Those loops that give ggml's bytes for a fixed block."""
+        values, matrix = _fixed_block()
+        good = {}
+        for kind, loop in loops.items():
+            same = True
+            for importance in (None, matrix.data_ptr()):
+                expected, found = (torch.empty(row_bytes(kind, values.numel()), dtype=torch.uint8) for _ in range(2))
+                self._quantize(values, kind, importance, expected)
+                loop(values.data_ptr(), *values.shape, importance, found.data_ptr())
+                same = same and torch.equal(expected, found)
+            if same:
+                good[kind] = loop
+            else:
+                note(f"this machine's loop for {kind} does not give llama.cpp's bytes; llama.cpp's own is taken")
+        return good
+
+
+def row_bytes(kind: str, values: int) -> int:
+    """Bytes of so many values in a type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return values // block_values * block_bytes
+
+
+def _number(kind: str) -> int:
+    from gguf import GGMLQuantizationType
+
+    return int(GGMLQuantizationType[kind])
+
+
+def _fixed_block() -> tuple[Tensor, Tensor]:
+    """Rows of every sort, (rows, columns), the same at all times, and an importance of their columns."""
+    generator = torch.Generator().manual_seed(0)
+    columns = 8 * BLOCK_VALUES
+    values = torch.randn(24, columns, generator=generator)
+    values[4:8] *= torch.where(torch.rand(4, columns, generator=generator) < 0.01, 100.0, 0.01)
+    values[8:12] *= torch.rand(4, columns, generator=generator) < 0.05
+    values[12:14] = values[12:14].abs()
+    values[14:16] = -values[14:16].abs()
+    values[16] = 0
+    values[17] = 0.25
+    values[18] = -0.25
+    return values.half().float(), torch.rand(columns, generator=generator) ** 4
