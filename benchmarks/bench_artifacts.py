@@ -1,9 +1,9 @@
 """
-Merging, converting and quantizing beside peft and llama.cpp, on the same base and adapter, one after the other.
+From adapter to Q4_K_M: directly, step by step, and by peft and llama.cpp, on the same base, one after the other.
 
     python benchmarks/bench_artifacts.py --base DIR --adapter DIR --scratch DIR --output FILE
 
-Each step is a process of its own. Memory is the largest resident set of it or of a child, files that it maps
+The base has its manifest beforehand, as in the workflow. Each step is a process of its own. Memory is the largest resident set of it or of a child, files that it maps
 included; bytes are those of its read and write calls, mapped files not included. The disk holds base + 2 × 16 bits at
 most.
 """
@@ -23,8 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from lib.checkpoint import checkpoint_files  # noqa: E402
 from lib.cli import usable_cores  # noqa: E402
+from lib.jsonfile import write_json  # noqa: E402
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from  # noqa: E402
+from lib.manifest import NAME as MANIFEST  # noqa: E402
+from lib.manifest import describe_files, folder_manifest  # noqa: E402
 
 PEFT_MERGE = """
 import sys, torch
@@ -73,24 +77,51 @@ def floor(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: Llam
     return {"cp, sync, sha256sum": measure(["bash", "-c", line, "floor", base, folder], log=log)}
 
 
+def script(name: str, *options: str | Path, threads: int, log: Path) -> Cost:
+    """One of our scripts."""
+    return measure([sys.executable, ROOT / "scripts" / name, *options, f"--threads={threads}"], log=log)
+
+
+def inputs(base: Path, adapter: Path, folder: Path) -> list[str]:
+    """What our merge is given."""
+    return [f"--base={base}", f"--base-manifest={folder.parent / MANIFEST}", f"--adapter={adapter}"]
+
+
+def direct(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
+    """build_direct.py on the GPU, if there is one, and on the CPU, with all threads and with 8; and reading alone."""
+    import torch
+
+    costs = {"cat": measure(["bash", "-c", 'cat "$1"/*.safetensors > /dev/null', "cat", base], log=log)}
+    ways = [("cuda", threads)] if torch.cuda.is_available() else []
+    ways += [("cpu", count) for count in sorted({threads, min(8, threads)}, reverse=True)]
+    output = folder / "model.q4_k_m.gguf"
+    digests = set()
+    for device, count in ways:
+        options = (*inputs(base, adapter, folder), f"--device={device}", "--quant=q4_k_m", f"--output={output}")
+        costs[f"direct, {device}, {count} threads"] = script("build_direct.py", *options, threads=count, log=log)
+        digests.add(json.loads(Path(f"{output}.json").read_text())["sha256"])
+        output.unlink()
+    print("sha256:", *digests)
+    return costs
+
+
 def ours(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: LlamaCpp, threads: int) -> dict[str, Cost]:
     """merge_adapter.py, convert_gguf.py and quantize_gguf.py."""
     import torch
 
     merged, f16, quantized = folder / "merged", folder / "model.f16.gguf", folder / "model.q4_k_m.gguf"
-
-    def script(name: str, *options: str | Path) -> Cost:
-        return measure([sys.executable, ROOT / "scripts" / name, *options, f"--threads={threads}"], log=log)
-
     costs = {}
-    merge = ("merge_adapter.py", f"--base={base}", f"--adapter={adapter}", f"--output={merged}")
+    shared = {"threads": threads, "log": log}
+    merge = ("merge_adapter.py", *inputs(base, adapter, folder), f"--output={merged}")
     if torch.cuda.is_available():
-        costs["merge on the GPU"] = script(*merge, "--device=cuda")
+        costs["merge on the GPU"] = script(*merge, "--device=cuda", **shared)
         shutil.rmtree(merged)
-    costs["merge"] = script(*merge)
-    costs["convert"] = script("convert_gguf.py", f"--checkpoint={merged}", "--name=model", f"--output={f16}")
+    costs["merge"] = script(*merge, **shared)
+    convert = (f"--checkpoint={merged}", "--name=model", f"--output={f16}")
+    costs["convert"] = script("convert_gguf.py", *convert, **shared)
     shutil.rmtree(merged)
-    costs["quantize"] = script("quantize_gguf.py", f"--source={f16}", f"--output={quantized}")
+    costs["quantize"] = script("quantize_gguf.py", f"--source={f16}", f"--output={quantized}", **shared)
+    print("sha256:", json.loads(Path(f"{quantized}.json").read_text())["sha256"])
     return costs
 
 
@@ -106,7 +137,7 @@ def peers(base: Path, adapter: Path, folder: Path, log: Path, *, llama_cpp: Llam
     return costs
 
 
-WAYS = {"floor": floor, "modelmill": ours, "peers": peers}
+WAYS = {"floor": floor, "direct": direct, "modelmill": ours, "peers": peers}
 
 
 def main() -> None:
@@ -124,6 +155,9 @@ def main() -> None:
     scratch: Path = arguments.scratch
     scratch.mkdir(parents=True)
     log = scratch / "log.txt"
+    files = describe_files(arguments.base, checkpoint_files(arguments.base), threads=arguments.threads)
+    origin = {"kind": "path", "name": arguments.base.name}
+    write_json(scratch / MANIFEST, folder_manifest(artifact="base", files=files, origin=origin))
     shared = {"llama_cpp": llama_cpp, "threads": arguments.threads}
     runs: dict[str, dict[str, Cost]] = {}
     for name in arguments.ways:
@@ -133,7 +167,7 @@ def main() -> None:
         shutil.rmtree(folder)
         for step, cost in runs[name].items():
             print(
-                f"{name:<18} {step:<20} {cost.seconds:8.1f} s  {cost.memory_gb:6.2f} GB of memory"
+                f"{name:<10} {step:<28} {cost.seconds:8.1f} s  {cost.memory_gb:6.2f} GB of memory"
                 f"  {cost.read_gb:6.2f} GB read  {cost.written_gb:6.2f} GB written",
                 flush=True,
             )

@@ -83,7 +83,7 @@ def build_direct(
     )
     artifact = "merged" if adapter else "base"
     source = {"digest": None, "origin": merge.origin} if adapter else merge.origin["base"]
-    ggml, overflows = Ggml(llama_cpp), Overflows(dtype)
+    ggml, overflows = Ggml(llama_cpp, device=device), Overflows(dtype)
     matrix = None if imatrix is None else read_imatrix(imatrix)
     identity = None if imatrix is None else identify_imatrix(imatrix)
     types = ", ".join(quant.upper() for quant in outputs)

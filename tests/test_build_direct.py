@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from build_direct import build_direct
+from compute_imatrix import compute_imatrix
 from convert_gguf import convert_gguf
 from merge_adapter import merge_adapter
 from peft import LoraConfig, get_peft_model
 from quantize_gguf import quantize_gguf
-from test_architectures import MODELS
-from test_quantize_gguf import MIXTURE
+from safetensors.torch import load_file, save_file
+from test_architectures import MODELS, sentencepiece
+from test_quantize_gguf import CHOSEN, MIXTURE
 from transformers import AutoModelForCausalLM
 
+from lib import direct
+from lib.direct import closed_blocks
 from lib.llama_cpp import LlamaCpp
+from lib.merge import MergeError
+from lib.quant_types import BUILDABLE_TYPES, QUANTIZED_TYPES
+from lib.skeleton import Matrix, SkeletonError
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +128,7 @@ def directly(
     dtype: str = "float16",
     imatrix: Path | None = None,
     threads: int = 2,
+    device: str = "cpu",
     **tensor_types: Any,
 ) -> dict[str, bytes]:
     """What the direct path makes of them."""
@@ -131,7 +143,7 @@ def directly(
         base_weights="original",
         tensor_types=dataclasses.replace(MIXTURE, **tensor_types),
         imatrix=imatrix,
-        device="cpu",
+        device=device,
         outputs=outputs,
         llama_cpp=llama_cpp,
         threads=threads,
@@ -144,6 +156,101 @@ def directly(
 
 
 def test_every_architecture_has_the_bytes_of_the_staged_path(model: Path, llama_cpp: LlamaCpp) -> None:
-    quants = ["q4_k_m", "q5_k_m", "q8_0"]
+    # Of a large vocabulary llama-quantize takes its time.
+    large = json.loads((model / "base/config.json").read_text())["vocab_size"] > 1000
+    quants = ["q4_k_m"] if large else ["q4_k_m", "q5_k_m", "q8_0"]
     assert directly(model, quants, llama_cpp) == staged(model, quants, llama_cpp)
     assert not list(model.glob("direct.*")) and not list(model.glob(".direct*"))
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, whose rows are permuted, with an adapter."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "base").symlink_to(tiny_base)
+    return write_adapter(folder, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+
+
+@pytest.fixture(scope="module")
+def imatrix(llama: Path, llama_cpp: LlamaCpp) -> Path:
+    """An importance matrix of the tuned model."""
+    staged(llama, [], llama_cpp)
+    output = llama / "model.imatrix.gguf"
+    compute_imatrix(
+        source=llama / "model-float16.f16.gguf",
+        text=tiny.write_text(llama / "text"),
+        chunks=3,
+        output=output,
+        llama_cpp=llama_cpp,
+        threads=2,
+    )
+    return output
+
+
+def test_every_type_has_the_bytes_of_the_staged_path(llama: Path, llama_cpp: LlamaCpp) -> None:
+    found, expected = (way(llama, [*BUILDABLE_TYPES], llama_cpp) for way in (directly, staged))
+    assert [name for name in BUILDABLE_TYPES if found[name] != expected[name]] == []
+
+
+def test_every_type_with_an_importance_matrix(llama: Path, imatrix: Path, llama_cpp: LlamaCpp) -> None:
+    found, expected = (way(llama, [*QUANTIZED_TYPES], llama_cpp, imatrix=imatrix) for way in (directly, staged))
+    assert [name for name in QUANTIZED_TYPES if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_types_of_single_tensors(chosen: str, llama: Path, llama_cpp: LlamaCpp) -> None:
+    settings = CHOSEN[chosen][0]
+    assert directly(llama, ["q4_k_m"], llama_cpp, **settings) == staged(llama, ["q4_k_m"], llama_cpp, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_merges_in_another_type(dtype: str, llama: Path, llama_cpp: LlamaCpp) -> None:
+    found, expected = (way(llama, ["q4_k_m", "q8_0"], llama_cpp, dtype=dtype) for way in (directly, staged))
+    assert found == expected
+
+
+def test_neither_threads_nor_blocks_change_a_byte(
+    llama: Path, llama_cpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = directly(llama, ["q4_k_m"], llama_cpp, threads=1)
+    for threads, block_values in ((3, 1), (5, 70_000)):
+        monkeypatch.setattr(direct, "BLOCK_VALUES", {"cpu": block_values})
+        assert directly(llama, ["q4_k_m"], llama_cpp, threads=threads) == expected
+
+
+def test_blocks_hold_the_rows_that_change_places() -> None:
+    tensor = SimpleNamespace(rows=12, row_values=10)
+    order = (1, 0, 2, 5, 4, 3, 6, 7, 9, 8, 11, 10)
+    assert [*closed_blocks(Matrix(tensor, None), 45)] == [(0, 4), (4, 8), (8, 12)]
+    assert [*closed_blocks(Matrix(tensor, None), 1)] == [(row, row + 1) for row in range(12)]
+    assert [*closed_blocks(Matrix(tensor, order), 1)] == [(0, 2), (2, 3), (3, 6), (6, 7), (7, 8), (8, 10), (10, 12)]
+    assert [*closed_blocks(Matrix(tensor, order), 45)] == [(0, 3), (3, 7), (7, 10), (10, 12)]
+    assert [*closed_blocks(Matrix(tensor, (*range(1, 12), 0)), 45)] == [(0, 12)]
+
+
+def test_experts_are_refused_by_name(tiny_base: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+    (tmp_path / "base").mkdir()
+    sentencepiece(tiny_base, tmp_path / "base")
+    config = transformers.MixtralConfig(**SIZES, vocab_size=384, num_local_experts=2, tie_word_embeddings=False)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    with pytest.raises(
+        SkeletonError, match=r"LlamaModel cannot be built directly: model\.layers\.0\..*experts.* is put together"
+    ):
+        directly(tmp_path, ["q8_0"], llama_cpp)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_values_beyond_float16_are_told(llama: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+    shutil.copytree(llama / "base", tmp_path / "base")
+    shutil.copytree(llama / "adapter", tmp_path / "adapter")
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    name = next(name for name in factors if "layers.1.mlp.up_proj.lora_B" in name)
+    factors[name][3] = 1e6
+    save_file(factors, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(MergeError, match=r"set merge\.dtype: bfloat16:\n  model\.layers\.1\.mlp\.up_proj\.weight: "):
+        directly(tmp_path, ["q4_k_m"], llama_cpp)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert directly(tmp_path, ["q4_k_m"], llama_cpp, dtype="bfloat16") == staged(
+        tmp_path, ["q4_k_m"], llama_cpp, dtype="bfloat16"
+    )

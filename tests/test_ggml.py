@@ -9,7 +9,7 @@ import torch
 
 from lib import ggml as ggml_module
 from lib.ggml import Ggml, GgmlError, row_bytes
-from lib.k_quants import FLAGS, TYPES, _load, compiled_loops
+from lib.k_quants import FLAGS, TYPES, loops_by_type
 from lib.llama_cpp import LlamaCpp
 
 COLUMNS = 11 * 256
@@ -73,7 +73,7 @@ def rows_of(sort: str, *, rows: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("sort", ROWS)
 @pytest.mark.parametrize("kind", TYPES)
 def test_loops_give_ggmls_bytes(kind: str, sort: str, matrix: bool, ggml: Ggml, reference: Ggml) -> None:
-    assert kind in ggml._loops
+    assert kind in ggml._ways["cpu"]
     for rows in (1, 20):  # one super-block is left over, or none
         values = rows_of(sort, rows=rows)
         importance = torch.rand(COLUMNS) ** 4 if matrix else None
@@ -84,23 +84,21 @@ def test_loops_give_ggmls_bytes(kind: str, sort: str, matrix: bool, ggml: Ggml, 
 
 @pytest.mark.parametrize("march", ["-march=x86-64", "-march=x86-64-v3", "-O1"])
 def test_instruction_sets_change_no_byte(march: str, reference: Ggml) -> None:
-    loops = _load((*FLAGS, march))
+    ways = loops_by_type((*FLAGS, march))
     values = rows_of("usual")
     for kind in TYPES:
-        found = torch.empty(row_bytes(kind, values.numel()), dtype=torch.uint8)
-        loops[kind](values.data_ptr(), *values.shape, None, found.data_ptr())
-        assert torch.equal(found, reference.quantize(values, kind))
+        assert torch.equal(ways[kind](values, None), reference.quantize(values, kind))
 
 
 def test_a_loop_that_gives_other_bytes_is_not_taken(
     llama_cpp: LlamaCpp, reference: Ggml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = compiled_loops()
+    good = loops_by_type()
     said: list[str] = []
     monkeypatch.setattr(ggml_module, "note", said.append)
-    monkeypatch.setattr(ggml_module, "compiled_loops", lambda: {**good, "Q5_K": good["Q4_K"]})
+    monkeypatch.setattr(ggml_module, "loops_by_type", lambda: {**good, "Q5_K": good["Q4_K"]})
     chosen = Ggml(llama_cpp)
-    assert chosen._loops.keys() == {"Q4_K", "Q6_K"}
+    assert chosen._ways["cpu"].keys() == {"Q4_K", "Q6_K"}
     assert len(said) == 1 and "Q5_K does not give llama.cpp's bytes" in said[0]
     values = rows_of("usual")
     assert torch.equal(chosen.quantize(values, "Q5_K"), reference.quantize(values, "Q5_K"))

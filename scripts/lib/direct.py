@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from lib.quantized_gguf import QuantizedGguf
     from lib.skeleton import Matrix, Skeleton
 
-# Values in a block of rows: 8 MiB of float32, of which a thread has several.
-BLOCK_VALUES = 1 << 21
+# Values in a block of rows, of which a thread has several: 8 MiB of float32, and 64 where a GPU is to be kept busy.
+BLOCK_VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -98,7 +98,6 @@ def write_quantized(
     overflows: Overflows,
     threads: int,
     device: str,
-    block_values: int = BLOCK_VALUES,
 ) -> list[dict[str, Any]]:
     """
     Write all targets; each matrix of the base is read once.
@@ -129,7 +128,7 @@ def write_quantized(
             rows = in_order_of(matrix, start, rows).to(DTYPES[held[name].type])
             return Piece(rows.numel(), _quantize(rows, wanted, name, held[name].type, ggml=ggml))
 
-        return BlockTask(matrix.source, closed_blocks(matrix, block_values), quantize)
+        return BlockTask(matrix.source, closed_blocks(matrix, BLOCK_VALUES[device]), quantize)
 
     stream = worked_blocks(
         (task(name) for name in order if name in skeleton.matrices),

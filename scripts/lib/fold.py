@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from lib.console import note
+from lib.nvrtc import THREADS, Kernel, NvrtcError, compiled_kernels
 from lib.toolchain import EXACT_FLAGS, CompilerError, compiled_library
 
 if TYPE_CHECKING:
@@ -64,6 +65,22 @@ extern "C" void add_products(float *total, const float *left, const float *right
 }
 """
 
+GPU_SOURCE = """
+// A thread for each value of total (rows, columns).
+extern "C" __global__ void add_products(float *total, const float *left, const float *right, long long rows,
+                                        long long columns, long long ranks)
+{
+    const long long place = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (place >= rows * columns)
+        return;
+    const long long row = place / columns, column = place - row * columns;
+    float sum = total[place];
+    for (int k = 0; k < ranks; k++)
+        sum = sum + left[row * ranks + k] * right[k * columns + column];
+    total[place] = sum;
+}
+"""
+
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
@@ -73,11 +90,14 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
         total: (rows, columns), changed in place.
         left, right: (rows, ranks) and (ranks, columns), on the same device.
     """
+    left, right = left.contiguous(), right.contiguous()
+    if total.is_cuda and (kernel := compiled_kernel()) is not None:
+        kernel(-(-total.numel() // THREADS), total, left, right, *total.shape, left.shape[1])
+        return
     loop = compiled_loop() if total.device.type == "cpu" else None
     if loop is None:
         add_by_torch(total, left, right)
         return
-    left, right = left.contiguous(), right.contiguous()
     loop(total.data_ptr(), left.data_ptr(), right.data_ptr(), *total.shape, left.shape[1])
 
 
@@ -113,3 +133,18 @@ def load_loop(flags: Sequence[str]) -> Callable[..., None] | None:
         return None
     loop.argtypes, loop.restype = [ctypes.c_void_p] * 3 + [ctypes.c_size_t] * 3, None
     return loop
+
+
+def compiled_kernel() -> Kernel | None:
+    """The same for torch's current GPU; None where it cannot be compiled."""
+    with _compiling:
+        return _load_kernel()
+
+
+@cache
+def _load_kernel() -> Kernel | None:
+    try:
+        return compiled_kernels({"fold.cu": GPU_SOURCE}, ("add_products",))["add_products"]
+    except (NvrtcError, OSError) as error:
+        note(f"the merge's kernel could not be compiled and is slower: {error}")
+        return None

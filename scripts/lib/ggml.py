@@ -10,7 +10,7 @@ import torch
 
 from lib.console import note
 from lib.errors import ModelmillError
-from lib.k_quants import BLOCK_VALUES, Loop, compiled_loops
+from lib.k_quants import BLOCK_VALUES, Way, kernels_by_type, loops_by_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,11 @@ class GgmlError(ModelmillError):
 class Ggml:
     """Quantizes rows to any of llama.cpp's types."""
 
-    def __init__(self, llama_cpp: LlamaCpp, *, own_loops: bool = True) -> None:
+    def __init__(self, llama_cpp: LlamaCpp, *, device: str = "cpu", own_loops: bool = True) -> None:
         """
         Args:
-            own_loops: take the loops of lib.k_quants for the types that they know.
+            device: where rows will be; "cpu" or "cuda".
+            own_loops: take the loops and kernels of lib.k_quants for the types that they know.
 
         Raises:
             GgmlError: the build has no such library.
@@ -50,29 +51,30 @@ class Ggml:
         ]
         self._library.ggml_validate_row_data.restype = ctypes.c_bool
         self._library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-        self._loops: Mapping[str, Loop] = self._tried(compiled_loops()) if own_loops else {}
+        self._ways: dict[str, Mapping[str, Way]] = {"cpu": {}, "cuda": {}}
+        if own_loops:
+            self._ways["cpu"] = self._tried(loops_by_type(), "this machine's loop")
+        if own_loops and device == "cuda":
+            self._ways["cuda"] = self._tried(kernels_by_type(), "this GPU's kernel")
 
     def quantize(self, values: Tensor, kind: str, matrix: Tensor | None = None) -> Tensor:
         """
         Rows in another type.
 
         Args:
-            values: (rows, columns), float32, finite, in RAM.
+            values: (rows, columns), float32, finite; on a GPU, it quantizes those types that lib.k_quants knows.
             kind: ggml's name of the type, as in "Q4_K"; columns are a multiple of its block's values.
             matrix: the importance of each column, (columns,), float32.
 
         Returns:
-            (bytes,), uint8.
+            (bytes,), uint8, in RAM.
         """
         values = values.contiguous()
-        rows, columns = values.shape
-        result = torch.empty(rows * row_bytes(kind, columns), dtype=torch.uint8)
-        importance = None if matrix is None else matrix.data_ptr()
-        if loop := self._loops.get(kind):
-            loop(values.data_ptr(), rows, columns, importance, result.data_ptr())
-        else:
-            self._quantize(values, kind, importance, result)
-        return result
+        if way := self._ways[values.device.type].get(kind):
+            return way(values, None if matrix is None else matrix.to(values.device)).cpu()
+        values = values.cpu()
+        way = self._ways["cpu"].get(kind)
+        return way(values, matrix) if way else self._quantize(values, kind, matrix)
 
     def check(self, data: Tensor, kind: str, *, name: str) -> None:
         """
@@ -82,28 +84,25 @@ class Ggml:
         if not self._library.ggml_validate_row_data(_number(kind), data.data_ptr(), data.numel()):
             raise GgmlError(f"{name} cannot be held in {kind}: a scale is beyond the range of 16-bit floats")
 
-    def _quantize(self, values: Tensor, kind: str, importance: int | None, result: Tensor) -> None:
+    def _quantize(self, values: Tensor, kind: str, matrix: Tensor | None) -> Tensor:
+        result = torch.empty(row_bytes(kind, values.numel()), dtype=torch.uint8)
+        importance = None if matrix is None else matrix.data_ptr()
         written = self._library.ggml_quantize_chunk(
             _number(kind), values.data_ptr(), result.data_ptr(), 0, *values.shape, importance
         )
         if written != result.numel():
             raise GgmlError(f"ggml wrote {written} bytes of {kind}, expected {result.numel()}")
+        return result
 
-    def _tried(self, loops: Mapping[str, Loop]) -> Mapping[str, Loop]:
-        """Those loops that give ggml's bytes for a fixed block."""
+    def _tried(self, ways: Mapping[str, Way], what: str) -> Mapping[str, Way]:
+        """Those ways that give ggml's bytes for a fixed block."""
         values, matrix = _fixed_block()
         good = {}
-        for kind, loop in loops.items():
-            same = True
-            for importance in (None, matrix.data_ptr()):
-                expected, found = (torch.empty(row_bytes(kind, values.numel()), dtype=torch.uint8) for _ in range(2))
-                self._quantize(values, kind, importance, expected)
-                loop(values.data_ptr(), *values.shape, importance, found.data_ptr())
-                same = same and torch.equal(expected, found)
-            if same:
-                good[kind] = loop
+        for kind, way in ways.items():
+            if all(torch.equal(way(values, each).cpu(), self._quantize(values, kind, each)) for each in (None, matrix)):
+                good[kind] = way
             else:
-                note(f"this machine's loop for {kind} does not give llama.cpp's bytes; llama.cpp's own is taken")
+                note(f"{what} for {kind} does not give llama.cpp's bytes; llama.cpp's own is taken")
         return good
 
 

@@ -86,13 +86,13 @@ def note_rows(model: Any, rows: dict[str, Any]) -> None:
 
         def modify_noted(tensor: Any, name: str, block: int | None) -> list[tuple[str, Any]]:
             made = list(modify(tensor, name, block))
-            if len(tensor.shape) > 1:
+            if len(tensor.shape) > 1 and made:
                 try:
+                    if any(tuple(each.shape) != tuple(tensor.shape) for _, each in made):
+                        raise ValueError("is put together with others")
                     orders = row_orders(lambda probe: modify(probe, name, block), tuple(tensor.shape))
                 except (ValueError, RuntimeError, IndexError) as error:
                     sys.exit(f"{type(self).__name__} cannot be built directly: {name} {error}")
-                if orders.keys() != {new for new, _ in made}:
-                    sys.exit(f"{type(self).__name__} cannot be built directly: {name} is kept for another tensor")
                 rows.update((new, {"source": name, "order": order}) for new, order in orders.items())
             return made
 
