@@ -3,9 +3,9 @@ From adapter to Q4_K_M: directly, step by step, and by peft and llama.cpp, on th
 
     python benchmarks/bench_artifacts.py --base DIR --adapter DIR --scratch DIR --output FILE
 
-The base has its manifest beforehand, as in the workflow. Each step is a process of its own. Memory is the largest resident set of it or of a child, files that it maps
-included; bytes are those of its read and write calls, mapped files not included. The disk holds base + 2 × 16 bits at
-most.
+The base has its manifest beforehand, as in the workflow. Each step is a process of its own. Memory is the largest
+resident set of it or of a child, files that it maps included; bytes are those of its read and write calls, mapped
+files not included. The disk holds base + 2 × 16 bits at most.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +84,14 @@ def build_direct(
     )
     artifact = "merged" if adapter else "base"
     source = {"digest": None, "origin": merge.origin} if adapter else merge.origin["base"]
-    ggml, overflows = Ggml(llama_cpp, device=device), Overflows(dtype)
+    overflows = Overflows(dtype)
     matrix = None if imatrix is None else read_imatrix(imatrix)
     identity = None if imatrix is None else identify_imatrix(imatrix)
     types = ", ".join(quant.upper() for quant in outputs)
     say(f"building {types} from {base} and {adapter or 'no adapter'} on {threads} threads, {device}")
     with ExitStack() as stack:
+        # Compiling its loops and starting a GPU take as long as the converter does.
+        ggml = stack.enter_context(ThreadPoolExecutor(1)).submit(Ggml, llama_cpp, device=device)
         partials = [stack.enter_context(finished_file(output)) for output in outputs.values()]
         first = next(iter(outputs.values()))
         skeleton = make_skeleton(
@@ -109,7 +112,7 @@ def build_direct(
             for quant, partial in zip(outputs, partials, strict=True)
         ]
         facts = write_quantized(
-            skeleton, targets, ggml=ggml, dtype=dtype, overflows=overflows, threads=threads, device=device
+            skeleton, targets, ggml=ggml.result(), dtype=dtype, overflows=overflows, threads=threads, device=device
         )
         overflows.check()
         made = [read_gguf(partial) for partial in partials]

@@ -22,7 +22,7 @@ import torch
 from lib.console import progress
 from lib.ggml import row_bytes
 from lib.gguf_file import GgufError, GgufFile, GgufTensor
-from lib.merge import BlockTask, Overflows, worked_blocks
+from lib.merge import BlockTask, Overflows, all_finite, worked_blocks
 from lib.quantized_gguf import padded
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from lib.quantized_gguf import QuantizedGguf
     from lib.skeleton import Matrix, Skeleton
 
-# Values in a block of rows, of which a thread has several: 8 MiB of float32, and 64 where a GPU is to be kept busy.
-BLOCK_VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
+# Values in a block of rows, of which a thread has several: 8 MiB of float32, and 32 where a GPU is to be kept busy.
+BLOCK_VALUES = {"cpu": 1 << 21, "cuda": 1 << 23}
+# Threads that a GPU is fed by; each takes memory there.
+MOST_GPU_THREADS = 12
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -47,14 +49,14 @@ class Target:
 
 
 class Output:
-    """A file that grows at its end, written and hashed by a thread of its own, one piece behind."""
+    """A file that grows at its end, written by one thread and hashed by another, a piece behind."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._size = 0
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
+        self._pools = [ThreadPoolExecutor(max_workers=1) for _ in range(2)]
+        self._last: list[Future[Any]] = []
 
     def add(self, data: bytes | memoryview) -> None:
         """
@@ -63,22 +65,21 @@ class Output:
         Raises:
             OSError: an earlier piece could not be written.
         """
-        if self._last is not None:
-            self._last.result()
+        self._wait()
         self._size += len(data)
-        self._last = self._pool.submit(self._write, data)
+        tasks = (self._file.write, self._digest.update)
+        self._last = [pool.submit(task, data) for pool, task in zip(self._pools, tasks, strict=True)]
 
     def finish(self) -> dict[str, Any]:
         """Wait for the last piece; size and SHA-256 of the file, for the manifest."""
-        self.add(b"")
-        self._pool.shutdown()
-        if self._last is not None:
-            self._last.result()
+        self._wait()
+        for pool in self._pools:
+            pool.shutdown()
         return {"size": self._size, "sha256": self._digest.hexdigest()}
 
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+    def _wait(self) -> None:
+        for future in self._last:
+            future.result()
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def write_quantized(
         (task(name) for name in order if name in skeleton.matrices),
         dtype=getattr(torch, dtype),
         overflows=overflows,
-        threads=threads,
+        threads=min(threads, MOST_GPU_THREADS) if device == "cuda" else threads,
         device=device,
     )
     total = sum(held[name].values for name in skeleton.matrices)
@@ -182,7 +183,7 @@ def in_order_of(matrix: Matrix, start: int, rows: Tensor) -> Tensor:
 def _quantize(rows: Tensor, wanted: Sequence[tuple[str, Target]], name: str, held: str, *, ggml: Ggml) -> list[Tensor]:
     """Rows in the 16-bit file's type, as each target has them."""
     made: dict[str, Tensor] = {}
-    values = None
+    values, finite = None, all_finite(rows)
     for kind, target in wanted:
         if kind in made:
             continue
@@ -190,7 +191,7 @@ def _quantize(rows: Tensor, wanted: Sequence[tuple[str, Target]], name: str, hel
             made[kind] = rows.contiguous().view(torch.uint8).reshape(-1).cpu()
             continue
         values = rows.float() if values is None else values
-        if not torch.isfinite(values).all():  # told of at the end; what is written is thrown away
+        if not finite:  # told of at the end; what is written is thrown away
             made[kind] = torch.zeros(row_bytes(kind, values.numel()), dtype=torch.uint8)
             continue
         made[kind] = ggml.quantize(values, kind, target.importance.get(name))

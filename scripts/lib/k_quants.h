@@ -185,7 +185,7 @@ FUNCTION unsigned short half_of(float value)
 {
     const unsigned bits = bits_of(value), sign = (bits >> 16) & 0x8000u;
     unsigned size = bits & 0x7fffffffu;
-    if (size > 0x7f800000u)
+    if (size > 0x7f800000u)  // no number; a GPU has another sign of it, and such a block is refused
         return (unsigned short)(sign | 0x7e00u);
     if (size >= 0x477ff000u)
         return (unsigned short)(sign | 0x7c00u);

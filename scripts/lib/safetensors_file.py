@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lib.checkpoint import INDEX, WEIGHTS, CheckpointError, weight_files, weight_map
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -136,6 +137,18 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     return values.reshape(stop - start, tensor.row_values)
 
 
+def read_rows_into(rows: Tensor, tensor: StoredTensor, start: int) -> None:
+    """Fill `rows`, (any number, row_values) in the tensor's own dtype and in RAM, with those from `start` on."""
+    _read_into(rows.view(-1), tensor, [(start * tensor.row_values, rows.numel())])
+
+
+def torch_dtype(tensor: StoredTensor) -> torch.dtype:
+    """The dtype that torch has for a tensor's values."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.dtype]
+
+
 def read_values(tensor: StoredTensor, first: int, count: int) -> Tensor:
     """Consecutive values of a tensor, whatever its shape, (count,), in its own dtype."""
     return _read_pieces(tensor, [(first, count)])
@@ -153,10 +166,16 @@ def _read_pieces(tensor: StoredTensor, pieces: Sequence[tuple[int, int]]) -> Ten
     """Some values of a tensor in one row, each piece given by its first value and their number."""
     import torch
 
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    values = torch.empty(sum(count for _, count in pieces), dtype=torch_dtype(tensor))
+    _read_into(values, tensor, pieces)
+    return values
+
+
+def _read_into(values: Tensor, tensor: StoredTensor, pieces: Sequence[tuple[int, int]]) -> None:
+    import torch
+
     size = BYTES_PER_VALUE[tensor.dtype]
-    block = bytearray(sum(count for _, count in pieces) * size)
-    view, done = memoryview(block), 0
+    view, done = memoryview(values.view(torch.uint8).numpy()), 0
     descriptor = os.open(tensor.file, os.O_RDONLY)
     try:
         for first, count in pieces:
@@ -166,7 +185,6 @@ def _read_pieces(tensor: StoredTensor, pieces: Sequence[tuple[int, int]]) -> Ten
             done += len(place)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(block, dtype=dtypes[tensor.dtype]) if block else torch.empty(0, dtype=dtypes[tensor.dtype])
 
 
 def plan_shards(tensors: Iterable[Shaped], *, dtype: str, max_shard_bytes: int) -> list[list[Shaped]]:
