@@ -109,6 +109,19 @@ def llama_cpp_options():
     return shlex.join([*given, *(f"--llama-cpp-cmake-flag={flag}" for flag in chosen.cmake_flags)])
 
 
+def builds_directly(model):
+    """Whether a model's quantized files are made without merged checkpoint and 16-bit GGUF."""
+    chosen = spec(model)
+    if chosen.quantize.path != "auto":
+        return chosen.quantize.path == "direct"
+    if chosen.default_quant in SOURCE_TYPES:
+        return False
+    staged = [f"models/{model}/merged", f"models/{model}/merged/MANIFEST.json"]
+    staged += [f"models/{model}{base}.{kind}.gguf" for base in ("", ".base") for kind in SOURCE_TYPES]
+    # The targets are not known yet when rules are read, but the words of the command line are.
+    return not any(file in sys.argv or os.path.exists(file) for file in staged)
+
+
 def default_gguf(model, base=""):
     """The GGUF file of a model's default type."""
     return f"models/{model}{base}.{spec(model).default_quant}.gguf"
@@ -158,6 +171,24 @@ def merged_folder(wildcards):
 
 def quantize_source(wildcards):
     return f"models/{wildcards.model}{wildcards.base}.{spec(wildcards.model).source_type}.gguf"
+
+
+def imatrix_source(wildcards):
+    """The file whose importance matrix is computed; on the direct path no 16-bit one is needed for it."""
+    if spec(wildcards.model).quantize.imatrix_source(directly=wildcards.model in DIRECT) == "q8_0":
+        return f"models/{wildcards.model}{wildcards.base}.q8_0.gguf"
+    return quantize_source(wildcards)
+
+
+def adapter_options(wildcards):
+    """The adapter that is merged; a base is taken as it is."""
+    if wildcards.base or not spec(wildcards.model).adapter:
+        return ""
+    return f"--adapter adapters/{wildcards.model}"
+
+
+def tuned_adapter(wildcards):
+    return [] if wildcards.base else adapter_manifest(wildcards)
 
 
 def imatrix_manifest(wildcards):

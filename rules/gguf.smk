@@ -1,4 +1,7 @@
-# In: a merged checkpoint, or a base (`.base`). Out: models/{model}{base}.{type}.gguf with its manifest beside it.
+# In: a merged checkpoint, or a base (`.base`); directly, base and adapter. Out: models/{model}{base}.{type}.gguf with
+# its manifest beside it.
+DIRECT = [name for name in PROJECT.models if builds_directly(name)]
+STAGED = [name for name in PROJECT.models if name not in DIRECT]
 
 
 rule convert_gguf:
@@ -57,6 +60,8 @@ rule quantize_gguf:
         "logs/{model}/quantize_gguf{base}.{quant}.log",
     benchmark:
         "logs/{model}/quantize_gguf{base}.{quant}.jsonl"
+    wildcard_constraints:
+        model=model_names(PROJECT, STAGED),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 8
@@ -79,6 +84,63 @@ rule quantize_gguf:
         " --quant {wildcards.quant}"
         " {params.settings}"
         " {params.imatrix}"
+        " --output {output.gguf:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
+rule build_direct:
+    """Merge, convert and quantize in one pass over the base."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        base_check=ancient("work/{model}/base.json"),
+        adapter=tuned_adapter,
+        imatrix=imatrix_manifest,
+        imatrix_gguf=imatrix_gguf,
+        llama_cpp="work/llama_cpp.json",
+    output:
+        gguf="models/{model}{base}.{quant}.gguf",
+        manifest="models/{model}{base}.{quant}.gguf.json",
+    log:
+        "logs/{model}/build_direct{base}.{quant}.log",
+    benchmark:
+        "logs/{model}/build_direct{base}.{quant}.jsonl"
+    wildcard_constraints:
+        model=model_names(PROJECT, DIRECT),
+    conda:
+        "../envs/train.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).mem_mb,
+        disk_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).disk_mb,
+        runtime=lambda w: estimate.direct_needs(spec(w.model), w.quant).runtime,
+        gpu=lambda w: estimate.direct_needs(spec(w.model), w.quant).gpu,
+        gpu_mem_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).gpu_mem_mb,
+    params:
+        python=interpreter,
+        script=script("build_direct.py"),
+        code=code_digest("build_direct.py"),
+        base=base_folder,
+        adapter=adapter_options,
+        dtype=lambda w: spec(w.model).merge.dtype,
+        base_weights=lambda w: spec(w.model).merge.base_weights,
+        settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
+        imatrix=imatrix_option,
+        llama_cpp=llama_cpp_options(),
+        # By a function of the input, which is not recorded: the bytes are the same on any device.
+        device=lambda w, input: spec(w.model).merge.device,
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " {params.adapter}"
+        " --name {wildcards.model}{wildcards.base}"
+        " --dtype {params.dtype}"
+        " --base-weights {params.base_weights}"
+        " --quant {wildcards.quant}"
+        " {params.settings}"
+        " {params.imatrix}"
+        " --device {params.device}"
         " --output {output.gguf:q}"
         " {params.llama_cpp}"
         " --log {log:q}"

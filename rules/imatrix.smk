@@ -35,8 +35,8 @@ rule check_calibration:
 rule compute_imatrix:
     """Compute the importance matrix with llama.cpp; a base has its own, so that comparisons are fair."""
     input:
-        source=lambda w: quantize_source(w) + ".json",
-        gguf=lambda w: ancient(quantize_source(w)),
+        source=lambda w: imatrix_source(w) + ".json",
+        gguf=lambda w: ancient(imatrix_source(w)),
         text_identity="work/{model}/calibration.json",
         text=lambda w: ancient(spec(w.model).quantize.imatrix.text),
         llama_cpp="work/llama_cpp.json",

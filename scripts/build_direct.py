@@ -73,6 +73,8 @@ def build_direct(
     from lib.ggml import Ggml
     from lib.skeleton import make_skeleton
 
+    # A base is not merged: it is converted from what it is.
+    rounded, outtype = dtype if adapter else "float32", source_type(dtype)
     merge = read_merge(
         base=base,
         base_manifest=base_manifest,
@@ -84,7 +86,7 @@ def build_direct(
     )
     artifact = "merged" if adapter else "base"
     source = {"digest": None, "origin": merge.origin} if adapter else merge.origin["base"]
-    overflows = Overflows(dtype)
+    overflows = Overflows("bfloat16" if outtype == "bf16" else "float16")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     identity = None if imatrix is None else identify_imatrix(imatrix)
     types = ", ".join(quant.upper() for quant in outputs)
@@ -99,8 +101,8 @@ def build_direct(
             merge.tensors,
             base=base,
             config=merge.config,
-            dtype=dtype,
-            outtype=source_type(dtype),
+            dtype=rounded,
+            outtype=outtype,
             metadata=gguf_metadata(source, artifact=artifact, name=name, llama_cpp_commit=llama_cpp.commit),
             llama_cpp=llama_cpp,
             overflows=overflows,
@@ -112,7 +114,7 @@ def build_direct(
             for quant, partial in zip(outputs, partials, strict=True)
         ]
         facts = write_quantized(
-            skeleton, targets, ggml=ggml.result(), dtype=dtype, overflows=overflows, threads=threads, device=device
+            skeleton, targets, ggml=ggml.result(), dtype=rounded, overflows=overflows, threads=threads, device=device
         )
         overflows.check()
         made = [read_gguf(partial) for partial in partials]

@@ -91,7 +91,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the matrix, a GGUF file")
-    add_settings(parser, "imatrix")
+    add_settings(parser, "imatrix", without=("from",))
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:

@@ -80,6 +80,7 @@ def write_project(folder: Path, *, base: Path, **changes: object) -> Path:
                 "base": {"path": str(base)},
                 "adapter": {"train": tiny.TRAIN},
                 "merge": {"max_shard_size": 1},
+                "quantize": {"path": "staged"},
                 "ollama": {"system": "答えは短く。", "parameters": {"temperature": 0.5, "stop": ["END"]}},
                 "smoke": {"questions": "ask.jsonl", "min_gain": 0, "max_tokens": 8},
             }

@@ -12,8 +12,7 @@ from conftest import ROOT, run_snakemake
 GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
 NEEDS = ("mem_mb", "gpu_mem_mb", "gpu", "disk_mb", "runtime")
 CHAIN_32B = {
-    "build_llama_cpp", "check_base", "check_data", "fetch_base", "train_adapter", "merge_adapter", "convert_gguf",
-    "quantize_gguf",
+    "build_llama_cpp", "check_base", "check_data", "fetch_base", "train_adapter", "build_direct",
 }  # fmt: skip
 
 
@@ -41,7 +40,7 @@ def test_every_job_of_all_declares_its_needs(bare: dict[str, str]) -> None:
     done = run_snakemake(ROOT, "-n", "--forceall", "all", environment=bare)
     assert done.returncode == 0, done.stderr
     jobs = jobs_of(done.stdout + done.stderr)
-    assert len(jobs) == 18
+    assert len(jobs) == 16
     for job, resources in jobs.items():
         assert all(re.fullmatch(r"\d+", resources[need]) for need in NEEDS), (job, resources)
 

@@ -17,6 +17,7 @@ from lib import estimate, spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
 from lib.tensor_types import TensorTypes
+from lib.typed import setting_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +65,7 @@ def problems(**model: Any) -> list[str]:
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_every_field_has_a_key_and_every_key_a_field(kind: type, section: dict[str, Any]) -> None:
-    fields = {field.name for field in dataclasses.fields(kind) if field.metadata.get("setting", True)}
+    fields = {setting_of(field) for field in dataclasses.fields(kind) if field.metadata.get("setting", True)}
     assert fields == section["properties"].keys()
 
 
@@ -252,7 +253,7 @@ def test_types_of_single_tensors() -> None:
 def test_which_types_use_a_matrix() -> None:
     matrix = {"text": "read.txt", "chunks": 8.0}
     quantize = resolve(quantize={"types": ["iq2_xs", "q8_0"], "imatrix": matrix}).models["m"].quantize
-    assert quantize.imatrix == spec.Imatrix(text="read.txt", chunks=8)
+    assert quantize.imatrix == spec.Imatrix(text="read.txt", chunks=8, source=None)
     used = {name: quantize.uses_imatrix(name) for name in ("iq2_xs", "q4_k_m", "q4_0", "iq4_nl", "q8_0", "tq1_0")}
     assert used == {"iq2_xs": True, "q4_k_m": True, "q4_0": True, "iq4_nl": True, "q8_0": False, "tq1_0": False}
     single = {"imatrix": matrix, "tensor_type": {"attn_v": "iq2_xs"}}
@@ -260,6 +261,21 @@ def test_which_types_use_a_matrix() -> None:
     single["tensor_type"] = {"attn_v": "f16"}
     assert not resolve(quantize=single).models["m"].quantize.uses_imatrix("q8_0")
     assert not resolve().models["m"].quantize.uses_imatrix("q4_k_m")
+
+
+def test_which_file_computes_the_matrix() -> None:
+    for chosen, types, expected in (
+        ({}, {}, ("f16", "q8_0")),
+        ({"from": "f16"}, {}, ("f16", "f16")),
+        ({"from": "q8_0"}, {}, ("q8_0", "q8_0")),
+        ({}, {"attn_v": "q4_k"}, ("f16", "f16")),  # then q8_0 needs the matrix itself
+    ):
+        settings = {"imatrix": {"text": "read.txt", **chosen}, "tensor_type": types}
+        quantize = resolve(quantize=settings).models["m"].quantize
+        assert tuple(quantize.imatrix_source(directly=direct) for direct in (False, True)) == expected
+    settings = {"imatrix": {"text": "read.txt", "from": "q8_0"}, "tensor_type": {"attn_v": "q4_k"}}
+    (line,) = problems(quantize=settings)
+    assert line.startswith("models.m.quantize.imatrix.from: q8_0 needs the matrix itself")
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,10 @@ def write_quantized(
         matrix, wanted = skeleton.matrices[name], list(zip(kinds[name], targets, strict=True))
 
         def quantize(start: int, rows: Tensor) -> Piece:
-            rows = in_order_of(matrix, start, rows).to(DTYPES[held[name].type])
+            ordered, kind = in_order_of(matrix, start, rows), held[name].type
+            rows = ordered.to(DTYPES[kind])
+            if rows.dtype != ordered.dtype and not all_finite(rows):
+                overflows.note(matrix.source.name, ordered)
             return Piece(rows.numel(), _quantize(rows, wanted, name, held[name].type, ggml=ggml))
 
         return BlockTask(matrix.source, closed_blocks(matrix, BLOCK_VALUES[device]), quantize)

@@ -23,6 +23,7 @@ GIB = 1 << 30
 # Bytes per second and per core of what a step does; slow enough for a laptop's disk.
 DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES = 20e6, 100e6, 150e6
 QUANTIZE_WEIGHTS = 9e6  # per second and thread (Q4_K)
+DIRECT_WEIGHTS = 15e6  # per second and thread (Q4_K), of merging and quantizing
 IMATRIX_PRODUCTS = 5e9  # of a weight and an activation, per second and thread
 # Assumed number of threads of the heavy steps when their time is estimated.
 THREADS = 8
@@ -130,6 +131,15 @@ def quantize_needs(model: Model, quant: str) -> Needs:
     seconds = 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
     memory = 0.3e9 + 7 * shape.embedding
     return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
+
+
+def direct_needs(model: Model, quant: str) -> Needs:
+    """Blocks of rows for each thread, and the header of the file; 1.2 GB were seen with 16 threads at 32B."""
+    seconds = shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
+    needs = Needs(mem_mb=_mb(2e9), disk_mb=_mb(weight_bytes(model, quant) + 0.1e9), runtime=_minutes(seconds))
+    if model.merge.device == "cuda":
+        return replace(needs, mem_mb=_mb(2e9 + CUDA_HOST_BYTES), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
+    return needs
 
 
 def imatrix_needs(model: Model, hardware: Hardware) -> Needs:

@@ -183,6 +183,9 @@ extern "C" __global__ void quantize_q8_0(const float *from, const float *matrix,
     const unsigned short scale = half_of(step);
     out[0] = uint8_t(scale);
     out[1] = uint8_t(scale >> 8);
-    for (int i = 0; i < 32; i++)
-        out[2 + i] = uint8_t((signed char)roundf(x[i] * inverse));
+    for (int i = 0; i < 32; i++) {
+        const float level = roundf(x[i] * inverse);
+        // Beyond an integer's range, where `step` is too small for its inverse, an x86-64 gives 0.
+        out[2 + i] = fabsf(level) < 2147483648.0f ? uint8_t(int(level)) : 0;
+    }
 }

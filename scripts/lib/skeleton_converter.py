@@ -13,6 +13,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def main() -> None:
     # Where the converter looks for its own modules, and for the gguf package of its own version.
     sys.path[:1] = [str(script.parent), str(script.parent / "gguf-py")]
     import gguf
-    from conversion.base import ModelBase
+
+    models = import_module("conversion.base").ModelBase
 
     rows: dict[str, Any] = {}
     leave_holes(gguf.GGUFWriter, rows)
-    note_rows(ModelBase, rows)
+    note_rows(models, rows)
     runpy.run_path(str(script), run_name="__main__")
     target.write_text(json.dumps(rows))
 

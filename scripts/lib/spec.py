@@ -7,7 +7,7 @@ Rules, resources and checks read only these; scripts get single values as option
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """What the importance matrix is computed from."""
+    """What the importance matrix is computed from, and by which file of the model."""
 
     text: str
     chunks: int
+    source: str | None = field(metadata={"key": "from"})
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,23 @@ class Quantize(TensorTypes):
     """Which GGUF types are built, by which matrix, and which types single tensors have in all of them."""
 
     types: tuple[str, ...]
+    path: str
     imatrix: Imatrix | None
 
     def uses_imatrix(self, quant: str) -> bool:
         """Whether a matrix is configured, and any tensor of a file of that type makes use of it."""
         return self.imatrix is not None and not IGNORE_IMATRIX.issuperset([quant, *self.tensor_type.values()])
 
+    def imatrix_source(self, *, directly: bool) -> str:
+        """The type of the file that computes the matrix: f16, which stands for the 16-bit one, or q8_0."""
+        if self.imatrix is not None and self.imatrix.source is not None:
+            return self.imatrix.source
+        return "q8_0" if directly and not self.uses_imatrix("q8_0") else "f16"
+
     @property
     def tensor_types(self) -> TensorTypes:
         """The settings that are handed on to llama-quantize."""
-        return TensorTypes(**{field.name: getattr(self, field.name) for field in fields(TensorTypes)})
+        return TensorTypes(**{each.name: getattr(self, each.name) for each in fields(TensorTypes)})
 
 
 @dataclass(frozen=True)
@@ -317,8 +325,10 @@ def _check_quantize(where: str, quantize: dict[str, Any], problems: list[str]) -
     settings = build(TensorTypes, quantize)
     impure = {name: problem for name in quantize["types"] if (problem := pure_problem(settings, name))}
     problems += [f"{where}.pure: {problem}" for problem in impure.values()]
-    if quantize["imatrix"] is not None:
-        _check_calibration(f"{where}.imatrix.text", quantize["imatrix"]["text"], problems)
+    if (imatrix := quantize["imatrix"]) is not None:
+        _check_calibration(f"{where}.imatrix.text", imatrix["text"], problems)
+        if imatrix["from"] == "q8_0" and not IGNORE_IMATRIX.issuperset(patterns.values()):
+            problems.append(f"{where}.imatrix.from: q8_0 needs the matrix itself, by {where}.tensor_type; take f16")
         return
     needing = {"types": quantize["types"], **{f"tensor_type.{pattern}": [name] for pattern, name in patterns.items()}}
     problems += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from lib.config import suggest
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
@@ -24,16 +24,16 @@ def final_files(project: Project) -> list[str]:
     ]
 
 
-def model_names(project: Project) -> str:
+def model_names(project: Project, names: Collection[str] | None = None) -> str:
     """
-    A regular expression for the models' names in paths of files that can be made.
+    A regular expression for the models' names, or some of them, in paths of files that can be made.
 
     A type that needs an importance matrix can be made of models that have one alone; no constraint of the type's
     own wildcard can say so, but one of the name's, which looks ahead.
     """
     plain = [name for name, model in project.models.items() if model.quantize.imatrix is None]
     impossible = rf"({'|'.join(plain) or '(?!)'})(\.base)?\.({'|'.join(sorted(NEED_IMATRIX))})\."
-    return rf"(?!{impossible})({'|'.join(project.models)})"
+    return rf"(?!{impossible})({'|'.join(project.models if names is None else names) or '(?!)'})"
 
 
 def wrong_targets(project: Project) -> str:

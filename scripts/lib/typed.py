@@ -22,13 +22,19 @@ def build(kind: Any, value: Any) -> Any:
         return None if value is None else build(options[0], value)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        given = (field for field in dataclasses.fields(kind) if field.name in value or _is_required(field))
-        return kind(**{field.name: build(hints[field.name], value[field.name]) for field in given})
+        keys = {field.name: setting_of(field) for field in dataclasses.fields(kind)}
+        given = (field for field in dataclasses.fields(kind) if keys[field.name] in value or _is_required(field))
+        return kind(**{field.name: build(hints[field.name], value[keys[field.name]]) for field in given})
     if get_origin(kind) is tuple:
         return tuple(value)
     if get_origin(kind) is Mapping:
         return types.MappingProxyType({key: build(options[1], entry) for key, entry in value.items()})
     return value
+
+
+def setting_of(field: dataclasses.Field[Any]) -> str:
+    """The key that a field is read from: its name, or what its metadata says where Python keeps that for itself."""
+    return field.metadata.get("key", field.name)
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,65 @@
+"""Which way a quantized file is made: directly, or by merged checkpoint and 16-bit GGUF, with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import copy_built, planned_rules, run_snakemake
+from test_rebuild import set_in_config
+
+STAGED = {"merge_adapter", "convert_gguf", "quantize_gguf"}
+
+
+def chosen_way(project: Path, checkout: Path, *targets: str) -> set[str]:
+    """The rules of both ways that a dry run would run."""
+    done = run_snakemake(project, "-n", *targets, checkout=checkout)
+    return planned_rules(done) & {*STAGED, "build_direct"}
+
+
+@pytest.mark.slow
+def test_the_direct_rule_gives_the_files_of_the_staged_ones(built: Path, tmp_path: Path) -> None:
+    project, checkout = copy_built(built, tmp_path / "copy")
+    set_in_config("models", "tiny", "quantize", "path", value="direct")(project, checkout)
+    names = ["models/tiny.q4_k_m.gguf", "models/tiny.base.q4_k_m.gguf"]
+    expected = [hashlib.sha256((built / name).read_bytes()).hexdigest() for name in names]
+    shutil.rmtree(project / "models")
+    done = run_snakemake(project, "-j1", *names, checkout=checkout)
+    assert done.returncode == 0, done.stderr
+    assert [hashlib.sha256((project / name).read_bytes()).hexdigest() for name in names] == expected
+    assert [json.loads((project / f"{name}.json").read_text())["sha256"] for name in names] == expected
+    made = {path.name for path in (project / "models").iterdir()}
+    assert made == {Path(name).name + end for name in names for end in ("", ".json")}
+    assert planned_rules(run_snakemake(project, "-n", *names, checkout=checkout)) == set()
+
+
+@pytest.mark.slow
+def test_auto_goes_by_what_is_there_or_asked_for(built: Path, tmp_path: Path) -> None:
+    project, checkout = copy_built(built, tmp_path / "copy")
+    target = "models/tiny.q5_k_m.gguf"
+    set_in_config("models", "tiny", "quantize", "path", value="auto")(project, checkout)
+    assert chosen_way(project, checkout, target) == {"quantize_gguf"}
+    shutil.rmtree(project / "models")
+    assert chosen_way(project, checkout, target) == {"build_direct"}
+    assert chosen_way(project, checkout, target, "models/tiny.f16.gguf") == STAGED
+    assert chosen_way(project, checkout, target, "models/tiny/merged/MANIFEST.json") == STAGED
+    set_in_config("models", "tiny", "quantize", "types", value=["f16", "q4_k_m"])(project, checkout)
+    assert chosen_way(project, checkout, "all", target) == STAGED
+    set_in_config("models", "tiny", "quantize", value={"path": "staged"})(project, checkout)
+    assert chosen_way(project, checkout, target) == STAGED
+
+
+@pytest.mark.slow
+def test_the_matrix_of_the_direct_path_comes_from_q8_0(built: Path, tmp_path: Path) -> None:
+    project, checkout = copy_built(built, tmp_path / "copy")
+    shutil.rmtree(project / "models")
+    (project / "read.txt").write_text("words and words\n" * 400)
+    set_in_config("models", "tiny", "quantize", value={"path": "direct", "imatrix": {"text": "read.txt"}})(
+        project, checkout
+    )
+    done = run_snakemake(project, "-n", "models/tiny.iq2_xs.gguf", checkout=checkout)
+    assert planned_rules(done) == {"build_direct", "compute_imatrix", "check_calibration"}
+    assert "input: models/tiny.q8_0.gguf.json" in done.stdout + done.stderr
