@@ -45,10 +45,11 @@ class Step:
 def steps(built: Path, tiny_base: Path) -> dict[str, Step]:
     scripts, models = ROOT / "scripts", built / "models"
     convert = [str(scripts / "convert_gguf.py"), f"--checkpoint={models}/tiny/merged", "--name=tiny"]
+    inputs = [f"--base={tiny_base}", f"--adapter={built}/adapters/tiny"]
+    direct = [str(scripts / "build_direct.py"), *inputs, "--device=cpu", "--quant=q4_k_m"]
     return {
-        "merge": Step(
-            [str(scripts / "merge_adapter.py"), f"--base={tiny_base}", f"--adapter={built}/adapters/tiny"], "merged"
-        ),
+        "direct": Step(direct, "tiny.q4_k_m.gguf"),
+        "merge": Step([str(scripts / "merge_adapter.py"), *inputs], "merged"),
         "convert": Step(convert, "tiny.f16.gguf"),
         "quantize": Step([str(scripts / "quantize_gguf.py"), f"--source={models}/tiny.f16.gguf"], "tiny.q4_k_m.gguf"),
     }
@@ -72,7 +73,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
-@pytest.mark.parametrize("name", ["merge", "convert", "quantize"])
+@pytest.mark.parametrize("name", ["merge", "convert", "quantize", "direct"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_a_full_disk(
     name: str, share: float, steps: dict[str, Step], undisturbed: dict[str, dict[str, str]], tmp_path: Path
@@ -93,7 +94,7 @@ def test_a_full_disk(
         assert contents(disk) == undisturbed[name]
 
 
-@pytest.mark.parametrize("name", ["merge", "convert", "quantize"])
+@pytest.mark.parametrize("name", ["merge", "convert", "quantize", "direct"])
 def test_kill_9_in_the_middle(
     name: str, steps: dict[str, Step], undisturbed: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -119,7 +120,7 @@ def test_kill_9_in_the_middle(
     assert unfinished
 
 
-@pytest.mark.parametrize("name", ["merge", "convert", "quantize"])
+@pytest.mark.parametrize("name", ["merge", "convert", "quantize", "direct"])
 def test_two_runs_at_once(
     name: str, steps: dict[str, Step], undisturbed: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -171,15 +172,16 @@ def damage_the_adapters_header(base: Path, adapter: Path) -> None:
         (damage_the_adapters_header, WEIGHTS),
     ],
 )
+@pytest.mark.parametrize("script", ["merge_adapter.py", "build_direct.py --quant=q4_k_m --device=cpu"])
 def test_damaged_inputs_of_a_merge(
-    damage: Callable[[Path, Path], None], part: str, built: Path, tiny_base: Path, tmp_path: Path
+    script: str, damage: Callable[[Path, Path], None], part: str, built: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     adapter = shutil.copytree(built / "adapters/tiny", tmp_path / "adapter")
     damage(base, adapter)
     output = tmp_path / "output"
     output.mkdir()
-    command = [str(ROOT / "scripts/merge_adapter.py"), f"--base={base}", f"--adapter={adapter}"]
+    command = [*f"{ROOT}/scripts/{script}".split(), f"--base={base}", f"--adapter={adapter}"]
     status, said = Step(command, "merged").run(output)
     assert status == 1
     assert part in said and "Traceback" not in said, said
