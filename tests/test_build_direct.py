@@ -165,9 +165,14 @@ def test_every_architecture_has_the_bytes_of_the_staged_path(model: Path, llama_
 
 @pytest.fixture(scope="module")
 def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, whose rows are permuted, with an adapter."""
+    """A Llama of one layer, whose rows are permuted, with an adapter: as small as every type can be had of."""
     folder = tmp_path_factory.mktemp("llama")
-    (folder / "base").symlink_to(tiny_base)
+    (folder / "base").mkdir()
+    vocabulary = sentencepiece(tiny_base, folder / "base")
+    sizes = {**SIZES, "num_hidden_layers": 1, "intermediate_size": 256, "vocab_size": vocabulary}
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=False))
+    base.to(torch.bfloat16).save_pretrained(folder / "base")
     return write_adapter(folder, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
 
 
@@ -245,10 +250,10 @@ def test_values_beyond_float16_are_told(llama: Path, tmp_path: Path, llama_cpp: 
     shutil.copytree(llama / "base", tmp_path / "base")
     shutil.copytree(llama / "adapter", tmp_path / "adapter")
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    name = next(name for name in factors if "layers.1.mlp.up_proj.lora_B" in name)
+    name = next(name for name in factors if "layers.0.mlp.up_proj.lora_B" in name)
     factors[name][3] = 1e6
     save_file(factors, tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(MergeError, match=r"set merge\.dtype: bfloat16:\n  model\.layers\.1\.mlp\.up_proj\.weight: "):
+    with pytest.raises(MergeError, match=r"set merge\.dtype: bfloat16:\n  model\.layers\.0\.mlp\.up_proj\.weight: "):
         directly(tmp_path, ["q4_k_m"], llama_cpp)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
     assert directly(tmp_path, ["q4_k_m"], llama_cpp, dtype="bfloat16") == staged(

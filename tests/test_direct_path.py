@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import copy_built, planned_rules, run_snakemake
+from conftest import ROOT, copy_built, planned_rules, run_snakemake
 from test_rebuild import set_in_config
 
 STAGED = {"merge_adapter", "convert_gguf", "quantize_gguf"}
@@ -34,6 +36,14 @@ def test_the_direct_rule_gives_the_files_of_the_staged_ones(built: Path, tmp_pat
     made = {path.name for path in (project / "models").iterdir()}
     assert made == {Path(name).name + end for name in names for end in ("", ".json")}
     assert planned_rules(run_snakemake(project, "-n", *names, checkout=checkout)) == set()
+    verified = subprocess.run(
+        [sys.executable, ROOT / "scripts/verify.py", *names, "adapters/tiny"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "merged in float32 onto the original weights" in verified.stdout + verified.stderr
 
 
 @pytest.mark.slow

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+import os
 from pathlib import Path
 
+import build_llama_cpp as build_llama_cpp_module
 import pytest
 import torch
+from build_llama_cpp import build_llama_cpp
 
 from lib import ggml as ggml_module
-from lib.ggml import Ggml, GgmlError, row_bytes
+from lib.config import schema
+from lib.ggml import PINNED_FINGERPRINT, Ggml, GgmlError, row_bytes
 from lib.k_quants import FLAGS, TYPES, loops_by_type
 from lib.llama_cpp import LlamaCpp
 
 COLUMNS = 11 * 256
+KEYS = ("version", "sha256", "commit")
 
 
 def usual(values: torch.Tensor) -> torch.Tensor:
@@ -102,6 +110,25 @@ def test_a_loop_that_gives_other_bytes_is_not_taken(
     assert len(said) == 1 and "Q5_K does not give llama.cpp's bytes" in said[0]
     values = rows_of("usual")
     assert torch.equal(chosen.quantize(values, "Q5_K"), reference.quantize(values, "Q5_K"))
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors may round otherwise")
+def test_a_build_is_known_by_a_fixed_block(llama_cpp: LlamaCpp, reference: Ggml, tmp_path: Path) -> None:
+    assert reference.fingerprint() == PINNED_FINGERPRINT
+    chosen = {"llama_cpp_path": None, "llama_cpp_cmake_flag": [], "threads": 1, "output": tmp_path / "llama_cpp.json"}
+    pinned = {f"llama_cpp_{key}": schema()["properties"]["llama_cpp"]["properties"][key]["default"] for key in KEYS}
+    build_llama_cpp(argparse.Namespace(**chosen, **pinned))
+    assert json.loads((tmp_path / "llama_cpp.json").read_text())["fingerprint"] == PINNED_FINGERPRINT
+
+
+def test_a_build_of_other_bytes_is_told(llama_cpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(build_llama_cpp_module, "say", said.append)
+    monkeypatch.setattr(build_llama_cpp_module, "PINNED_FINGERPRINT", "0" * 64)
+    assert build_llama_cpp_module._fingerprint(llama_cpp) == PINNED_FINGERPRINT
+    static = dataclasses.replace(llama_cpp, programs=tmp_path)
+    assert build_llama_cpp_module._fingerprint(static) is None
+    assert "to other bytes than the pinned build" in said[0] and "was not tried on a fixed block" in said[1]
 
 
 def test_a_build_without_shared_libraries_is_told(tmp_path: Path) -> None:

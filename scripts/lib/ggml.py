@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from hashlib import sha256, shake_128
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lib.console import note
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from lib.llama_cpp import LlamaCpp
 
 LIBRARY = "libggml-base.so"
+FINGERPRINT_TYPES = ("Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+# Of the pinned build on x86-64.
+PINNED_FINGERPRINT = "466e54b468275ae8f3b342a58e342b0780f5207c4ee2e50ea5f239295389927b"
 
 
 class GgmlError(ModelmillError):
@@ -84,6 +89,15 @@ class Ggml:
         if not self._library.ggml_validate_row_data(_number(kind), data.data_ptr(), data.numel()):
             raise GgmlError(f"{name} cannot be held in {kind}: a scale is beyond the range of 16-bit floats")
 
+    def fingerprint(self) -> str:
+        """SHA-256 of a fixed block in several types: builds that do not have it in common make other files."""
+        values, matrix = _fixed_block()
+        digest = sha256()
+        for kind in FINGERPRINT_TYPES:
+            for importance in (None, matrix):
+                digest.update(self._quantize(values, kind, importance).numpy())
+        return digest.hexdigest()
+
     def _quantize(self, values: Tensor, kind: str, matrix: Tensor | None) -> Tensor:
         result = torch.empty(row_bytes(kind, values.numel()), dtype=torch.uint8)
         importance = None if matrix is None else matrix.data_ptr()
@@ -121,15 +135,22 @@ def _number(kind: str) -> int:
 
 
 def _fixed_block() -> tuple[Tensor, Tensor]:
-    """Rows of every sort, (rows, columns), the same at all times, and an importance of their columns."""
-    generator = torch.Generator().manual_seed(0)
+    """Rows of every sort, (rows, columns), the same on any machine, and an importance of their columns."""
     columns = 8 * BLOCK_VALUES
-    values = torch.randn(24, columns, generator=generator)
-    values[4:8] *= torch.where(torch.rand(4, columns, generator=generator) < 0.01, 100.0, 0.01)
-    values[8:12] *= torch.rand(4, columns, generator=generator) < 0.05
+    values, chance, importance = (_fixed_numbers(name, count) for name, count in (("x", 24), ("y", 24), ("z", 1)))
+    values = values.reshape(24, columns)
+    chance = chance.reshape(24, columns).abs()
+    values[4:8] *= torch.where(chance[4:8] < 0.01, 100.0, 0.01)
+    values[8:12] *= chance[8:12] < 0.05
     values[12:14] = values[12:14].abs()
     values[14:16] = -values[14:16].abs()
     values[16] = 0
     values[17] = 0.25
     values[18] = -0.25
-    return values.half().float(), torch.rand(columns, generator=generator) ** 4
+    return values.half().float(), importance.abs() ** 2
+
+
+def _fixed_numbers(name: str, rows: int) -> Tensor:
+    """Numbers from -1 to 1, of any size between, (rows · 2048,), float32."""
+    data = np.frombuffer(shake_128(name.encode()).digest(2 * rows * 8 * BLOCK_VALUES), dtype="<i2")
+    return torch.from_numpy(data.astype(np.float32) / 32768) ** 3
