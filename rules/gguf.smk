@@ -122,6 +122,7 @@ rule build_direct:
         code=code_digest("build_direct.py"),
         base=base_folder,
         adapter=adapter_options,
+        artifact=lambda w: "base" if w.base else "merged",
         dtype=lambda w: spec(w.model).merge.dtype,
         base_weights=lambda w: spec(w.model).merge.base_weights,
         settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
@@ -134,6 +135,7 @@ rule build_direct:
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " {params.adapter}"
+        " --artifact {params.artifact}"
         " --name {wildcards.model}{wildcards.base}"
         " --dtype {params.dtype}"
         " --base-weights {params.base_weights}"

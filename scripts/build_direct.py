@@ -38,6 +38,7 @@ def build_direct(
     base_manifest: Path | None,
     adapter: Path | None,
     adapter_manifest: Path | None,
+    artifact: str,
     name: str,
     dtype: str,
     base_weights: str,
@@ -54,6 +55,7 @@ def build_direct(
     Args:
         base, adapter: folders of a checkpoint and of a LoRA in peft's format; without one, the base as it is.
         base_manifest, adapter_manifest: their manifests, where these are not in the folders themselves.
+        artifact: what is quantized: "merged", or "base", which is not merged but converted from what it is.
         name: the model's, for general.name.
         dtype, base_weights: of the merge, as for merge_adapter.py.
         tensor_types, imatrix: of the quantization, as for quantize_gguf.py.
@@ -73,8 +75,7 @@ def build_direct(
     from lib.ggml import Ggml
     from lib.skeleton import make_skeleton
 
-    # A base is not merged: it is converted from what it is.
-    rounded, outtype = dtype if adapter else "float32", source_type(dtype)
+    rounded, outtype = dtype if artifact == "merged" else "float32", source_type(dtype)
     merge = read_merge(
         base=base,
         base_manifest=base_manifest,
@@ -84,8 +85,8 @@ def build_direct(
         base_weights=base_weights,
         threads=threads,
     )
-    artifact = "merged" if adapter else "base"
-    source = {"digest": None, "origin": merge.origin} if adapter else merge.origin["base"]
+    source = {"digest": None, "origin": merge.origin} if artifact == "merged" else merge.origin["base"]
+    links = merge.origin if artifact == "merged" else {"base": merge.origin["base"]}
     overflows = Overflows("bfloat16" if outtype == "bf16" else "float16")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     identity = None if imatrix is None else identify_imatrix(imatrix)
@@ -124,7 +125,7 @@ def build_direct(
     for (quant, output), each, file in zip(outputs.items(), facts, made, strict=True):
         say(f"wrote {output}: {each['size'] / 1e6:.0f} MB, tensors {count_types(file)}")
         made_by = {"llama_cpp": llama_cpp.commit, "type": quant, "tensor_types": plain(tensor_types)}
-        origin = {**(merge.origin if adapter else {"base": merge.origin["base"]}), **made_by, "imatrix": identity}
+        origin = {**links, **made_by, "imatrix": identity}
         manifests.append(write_file_manifest(output, facts=each, origin=origin))
     return manifests
 
@@ -174,6 +175,8 @@ def _device(chosen: str) -> str:
 
 def _work(arguments: argparse.Namespace) -> None:
     tensor_types = build(TensorTypes, settings_from(arguments, "quantize"))
+    if arguments.artifact == "base" and arguments.adapter:
+        raise UsageError("--artifact base: a base has no adapter")
     for quant in arguments.quant:
         if quant in NEED_IMATRIX and arguments.imatrix is None:
             raise UsageError(f"{quant} needs an importance matrix; give it with --imatrix")
@@ -186,6 +189,7 @@ def _work(arguments: argparse.Namespace) -> None:
         base_manifest=arguments.base_manifest,
         adapter=arguments.adapter,
         adapter_manifest=arguments.adapter_manifest,
+        artifact=arguments.artifact,
         name=arguments.name,
         dtype=arguments.dtype,
         base_weights=arguments.base_weights,
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help=f"the GGUF file; {PLACE} in its name is the type"
     )
+    parser.add_argument("--artifact", choices=["merged", "base"], default="merged", help="what is quantized")
     parser.add_argument("--name", default="model", help="name of the model, written into the file")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
     parser.add_argument(

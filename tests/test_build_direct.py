@@ -70,6 +70,11 @@ def write_adapter(folder: Path, config: LoraConfig) -> Path:
     return folder
 
 
+def adapter_of(folder: Path) -> Path | None:
+    """The adapter that was written for a base, if there is one."""
+    return folder / "adapter" if (folder / "adapter").is_dir() else None
+
+
 def staged(
     folder: Path,
     quants: list[str],
@@ -77,26 +82,28 @@ def staged(
     *,
     dtype: str = "float16",
     imatrix: Path | None = None,
+    artifact: str = "merged",
     **tensor_types: Any,
 ) -> dict[str, bytes]:
     """What merging, converting and quantizing make of base and adapter, by type."""
     outtype = "bf16" if dtype == "bfloat16" else "f16"
-    merged, source = folder / f"merged-{dtype}", folder / f"model-{dtype}.{outtype}.gguf"
+    merged, source = folder / f"merged-{dtype}", folder / f"{artifact}-{dtype}.{outtype}.gguf"
     if not source.is_file():
-        merge_adapter(
-            base=folder / "base",
-            base_manifest=None,
-            adapter=folder / "adapter",
-            adapter_manifest=None,
-            dtype=dtype,
-            max_shard_size=20,
-            output=merged,
-            threads=2,
-        )
+        if artifact == "merged":
+            merge_adapter(
+                base=folder / "base",
+                base_manifest=None,
+                adapter=adapter_of(folder),
+                adapter_manifest=None,
+                dtype=dtype,
+                max_shard_size=20,
+                output=merged,
+                threads=2,
+            )
         convert_gguf(
-            checkpoint=merged,
+            checkpoint=merged if artifact == "merged" else folder / "base",
             manifest=None,
-            artifact="merged",
+            artifact=artifact,
             name="model",
             outtype=outtype,
             output=source,
@@ -129,6 +136,7 @@ def directly(
     imatrix: Path | None = None,
     threads: int = 2,
     device: str = "cpu",
+    artifact: str = "merged",
     **tensor_types: Any,
 ) -> dict[str, bytes]:
     """What the direct path makes of them."""
@@ -136,8 +144,9 @@ def directly(
     build_direct(
         base=folder / "base",
         base_manifest=None,
-        adapter=folder / "adapter",
+        adapter=adapter_of(folder) if artifact == "merged" else None,
         adapter_manifest=None,
+        artifact=artifact,
         name="model",
         dtype=dtype,
         base_weights="original",
@@ -182,7 +191,7 @@ def imatrix(llama: Path, llama_cpp: LlamaCpp) -> Path:
     staged(llama, [], llama_cpp)
     output = llama / "model.imatrix.gguf"
     compute_imatrix(
-        source=llama / "model-float16.f16.gguf",
+        source=llama / "merged-float16.f16.gguf",
         text=tiny.write_text(llama / "text"),
         chunks=3,
         output=output,
@@ -212,6 +221,19 @@ def test_types_of_single_tensors(chosen: str, llama: Path, llama_cpp: LlamaCpp) 
 def test_merges_in_another_type(dtype: str, llama: Path, llama_cpp: LlamaCpp) -> None:
     found, expected = (way(llama, ["q4_k_m", "q8_0"], llama_cpp, dtype=dtype) for way in (directly, staged))
     assert found == expected
+
+
+def test_a_base_keeps_what_a_merge_would_round(llama: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+    """A vector's value below float16's normal ones: of a base it stays, of a model without adapter it is rounded."""
+    shutil.copytree(llama / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    weights["model.norm.weight"][0] = 1.234e-6
+    save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    made = {}
+    for artifact in ("merged", "base"):
+        made[artifact] = directly(tmp_path, ["q4_k_m"], llama_cpp, artifact=artifact)
+        assert made[artifact] == staged(tmp_path, ["q4_k_m"], llama_cpp, artifact=artifact)
+    assert made["merged"] != made["base"]
 
 
 def test_neither_threads_nor_blocks_change_a_byte(
