@@ -114,7 +114,7 @@ def test_kill_9_in_the_middle(
     """Killed when the first bytes are there, and at moments after that."""
     moments = random.Random(0)
     unfinished = 0
-    for attempt in range(2 if name == "direct" else 4):  # which begins late, after some seconds
+    for attempt in range(2 if name == "direct" else 3):  # which begins late, after some seconds
         folder = tmp_path / str(attempt)
         folder.mkdir()
         process = steps[name].start(folder)
