@@ -15,15 +15,16 @@ from lib.gguf_file import check_same_tensors, count_types, read_gguf
 from lib.imatrix import Imatrix, identify_imatrix, read_imatrix
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import write_file_manifest
-from lib.merge import MergeError, Overflows
-from lib.merge_inputs import read_merge
-from lib.options import add_settings, settings_from
+from lib.merge import Overflows, demand_device
+from lib.merge_inputs import add_merge_inputs, read_merge
+from lib.options import add_settings
 from lib.outputs import finished_file, scratch_folder
 from lib.provenance import gguf_metadata
-from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES, source_type
+from lib.quant_types import QUANTIZED_TYPES, source_type
+from lib.quantize_options import add_quantize_options, tensor_types_from
 from lib.quantized_gguf import plan_quantized
-from lib.tensor_types import TensorTypes, pattern_problems, pure_problem, quantizer_options, refuse_unmatched
-from lib.typed import build, plain
+from lib.tensor_types import TensorTypes, quantizer_options, refuse_unmatched
+from lib.typed import plain
 
 if TYPE_CHECKING:
     from lib.direct import Target
@@ -75,6 +76,7 @@ def build_direct(
     from lib.ggml import Ggml
     from lib.skeleton import make_skeleton
 
+    demand_device(device)
     rounded, outtype = dtype if artifact == "merged" else "float32", source_type(dtype)
     merge = read_merge(
         base=base,
@@ -166,24 +168,12 @@ def _outputs(template: str, quants: Sequence[str]) -> dict[str, Path]:
 def _device(chosen: str) -> str:
     import torch
 
-    if chosen == "cuda" and not torch.cuda.is_available():
-        raise MergeError("--device is cuda, but torch finds no GPU that it can use; set it to cpu")
-    if chosen == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return chosen
+    return chosen if chosen != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    tensor_types = build(TensorTypes, settings_from(arguments, "quantize"))
     if arguments.artifact == "base" and arguments.adapter:
         raise UsageError("--artifact base: a base has no adapter")
-    for quant in arguments.quant:
-        if quant in NEED_IMATRIX and arguments.imatrix is None:
-            raise UsageError(f"{quant} needs an importance matrix; give it with --imatrix")
-        if problem := pure_problem(tensor_types, quant):
-            raise UsageError(f"--pure: {problem}")
-    if problems := pattern_problems(arguments.tensor_type):
-        raise UsageError("\n".join(f"--tensor-type: {problem}" for problem in problems))
     build_direct(
         base=arguments.base,
         base_manifest=arguments.base_manifest,
@@ -193,7 +183,7 @@ def _work(arguments: argparse.Namespace) -> None:
         name=arguments.name,
         dtype=arguments.dtype,
         base_weights=arguments.base_weights,
-        tensor_types=tensor_types,
+        tensor_types=tensor_types_from(arguments, quants=arguments.quant),
         imatrix=arguments.imatrix,
         device=_device(arguments.device),
         outputs=_outputs(str(arguments.output), arguments.quant),
@@ -205,12 +195,7 @@ def _work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
-    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
-    parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter in peft's format; without it, the base as it is"
-    )
-    parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    add_merge_inputs(parser)
     parser.add_argument(
         "--quant", choices=QUANTIZED_TYPES, required=True, action="append", help="type of the weights; may be repeated"
     )
@@ -219,12 +204,11 @@ def main() -> None:
     )
     parser.add_argument("--artifact", choices=["merged", "base"], default="merged", help="what is quantized")
     parser.add_argument("--name", default="model", help="name of the model, written into the file")
-    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it is computed; the bytes are the same"
     )
     add_settings(parser, "merge", without=("device", "max_shard_size"))
-    add_settings(parser, "quantize", without=("types", "imatrix", "path"))
+    add_quantize_options(parser)
     add_llama_cpp_options(parser)
     run_script(parser, _work)
 

@@ -15,8 +15,8 @@ from lib.console import progress, say
 from lib.in_order import in_order
 from lib.jsonfile import dump_json
 from lib.manifest import describe_file, write_folder_manifest
-from lib.merge import MergeError, Overflows, merged_blocks
-from lib.merge_inputs import read_merge
+from lib.merge import Overflows, demand_device, merged_blocks
+from lib.merge_inputs import add_merge_inputs, read_merge
 from lib.merge_plan import MergedTensor
 from lib.options import add_settings
 from lib.outputs import finished_folder
@@ -60,8 +60,7 @@ def merge_adapter(
     import torch
 
     torch.set_num_threads(1)  # the threads are over blocks of rows
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MergeError("merge.device is cuda, but torch finds no GPU that it can use; set it to cpu")
+    demand_device(device)
     merge = read_merge(
         base=base,
         base_manifest=base_manifest,
@@ -135,12 +134,7 @@ def _work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
-    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
-    parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter in peft's format; without it, the base as it is"
-    )
-    parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    add_merge_inputs(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the merged checkpoint")
     add_settings(parser, "merge")
     run_script(parser, _work)

@@ -8,20 +8,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lib.cli import UsageError, run_script, script_parser
+from lib.cli import run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import check_same_tensors, count_types, put_last, read_gguf
 from lib.imatrix import NAME as IMATRIX_NAME
 from lib.imatrix import identify_imatrix
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
-from lib.options import add_settings, settings_from
 from lib.outputs import finished_file
 from lib.process import run_program
-from lib.quant_types import NEED_IMATRIX, QUANTIZED_TYPES
+from lib.quant_types import QUANTIZED_TYPES
+from lib.quantize_options import add_quantize_options, tensor_types_from
 from lib.quantized_gguf import LAST_KEYS
-from lib.tensor_types import TensorTypes, pattern_problems, pure_problem, quantizer_options, refuse_unmatched
-from lib.typed import build, plain
+from lib.tensor_types import TensorTypes, quantizer_options, refuse_unmatched
+from lib.typed import plain
 
 
 def quantize_gguf(
@@ -97,22 +97,14 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
     parser.add_argument("--quant", choices=QUANTIZED_TYPES, default="q4_k_m", help="type of the quantized weights")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the quantized GGUF file")
-    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
-    add_settings(parser, "quantize", without=("types", "imatrix"))
+    add_quantize_options(parser)
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:
-        tensor_types = build(TensorTypes, settings_from(arguments, "quantize"))
-        if arguments.quant in NEED_IMATRIX and arguments.imatrix is None:
-            raise UsageError(f"{arguments.quant} needs an importance matrix; give it with --imatrix")
-        if problem := pure_problem(tensor_types, arguments.quant):
-            raise UsageError(f"--pure: {problem}")
-        if problems := pattern_problems(arguments.tensor_type):
-            raise UsageError("\n".join(f"--tensor-type: {problem}" for problem in problems))
         quantize_gguf(
             source=arguments.source,
             quant=arguments.quant,
-            tensor_types=tensor_types,
+            tensor_types=tensor_types_from(arguments, quants=[arguments.quant]),
             imatrix=arguments.imatrix,
             output=arguments.output,
             llama_cpp=llama_cpp_from(arguments),

@@ -45,6 +45,7 @@ def test_the_direct_rule_gives_the_files_of_the_staged_ones(built: Path, tmp_pat
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert [line for line in verified.stderr.splitlines() if line.strip() == "ok"] == ["  ok"] * 3
     assert "from the adapter" in verified.stderr
+    assert "merged in float32 onto the original weights, rounded once to float16" in verified.stderr
 
 
 @pytest.mark.slow

@@ -45,6 +45,17 @@ class MergeError(ModelmillError):
     """A merge would not give the right weights."""
 
 
+def demand_device(device: str) -> None:
+    """
+    Raises:
+        MergeError: it is "cuda", and there is no GPU that torch can use.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MergeError("merge.device is cuda, but torch finds no GPU that it can use; set it to cpu")
+
+
 @dataclass
 class Overflows:
     """Tensors whose merged values are beyond the output dtype, with the largest, or not finite at all."""

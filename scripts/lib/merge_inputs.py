@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,16 @@ class MergeInputs:
     updates: int
     config: dict[str, Any]
     origin: dict[str, Any]
+
+
+def add_merge_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name base and adapter."""
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
+    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter in peft's format; without it, the base as it is"
+    )
+    parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
 
 
 def read_merge(

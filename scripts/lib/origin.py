@@ -137,7 +137,9 @@ def tell_origin(origin: Mapping[str, Any] | None, *, artifact: str) -> str:
     if origin is None:
         return "of unknown origin"
     if artifact == "gguf":
-        return f"{origin['type']}, by llama.cpp {origin['llama_cpp']}"
+        made = f"{origin['type']}, by llama.cpp {origin['llama_cpp']}"
+        # Of one that was built directly; else the merged checkpoint of its chain tells how it was merged.
+        return f"{made}, {merge_policy(origin['merge'])}" if origin.get("adapter") else made
     if artifact == "merged":
         return merge_policy(origin["merge"]) if origin.get("adapter") else f"no adapter, in {origin['merge']['dtype']}"
     if artifact == "adapter":
