@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/python -m snakemake
+# A process a core, of some 2 GB each; the tests of a file share what they build, and stay together.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup
 DEMO := models/demo.Modelfile models/demo.q4_k_m.gguf reports/demo.smoke.json
 
 .PHONY: help demo test quick lint format lock clean clean-all
@@ -20,10 +22,10 @@ demo: $(VENV)/.runtime
 	@$(BIN)/python scripts/summarize_build.py --model demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 quick: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -26,6 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in one process when the tests run in several: a file, and everything that needs the one GPU."""
+    for item in items:
+        group = "gpu" if item.get_closest_marker("gpu") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def llama_cpp() -> LlamaCpp:
     """The pinned llama.cpp, built into the user's cache if it is not there."""
