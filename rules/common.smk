@@ -1,9 +1,11 @@
 # Config, specs and input functions; no rules.
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from snakemake.exceptions import WorkflowError
 from snakemake.io import is_flagged
@@ -19,7 +21,7 @@ from lib.errors import ModelmillError
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.spec import resolve_project, resolved_methods
-from lib.targets import explain_target, final_files, model_names, wrong_targets
+from lib.targets import JOIN, explain_target, final_files, model_names, types_together, wrong_targets
 
 try:
     PROJECT = resolve_project(config)
@@ -120,6 +122,34 @@ def builds_directly(model):
     staged += [f"models/{model}{base}.{kind}.gguf" for base in ("", ".base") for kind in SOURCE_TYPES]
     # The targets are not known yet when rules are read, but the words of the command line are.
     return not any(file in sys.argv or os.path.exists(file) for file in staged)
+
+
+def direct_passes(models):
+    """
+    The rules that build directly: one for a single type, and one for types that the command asks for together.
+
+    Each has a name, the types as they stand in its outputs, and the models and bases whose files it makes.
+    """
+    found = [SimpleNamespace(name="build_direct", quants=("{quant}",), models=models, base=r"(\.base)?")]
+    for (base, quants), asked in types_together(sys.argv[1:], PROJECT).items():
+        name = f"build_direct_{JOIN.join(quants)}{base.replace('.', '_')}"
+        if chosen := [model for model in asked if model in models]:
+            # Snakemake takes an empty constraint for none.
+            found.append(SimpleNamespace(name=name, quants=quants, models=chosen, base=f"({re.escape(base)})"))
+            workflow.ruleorder(name, "build_direct")
+    return found
+
+
+def quants_of(wildcards, quants):
+    """The types that a job builds directly."""
+    return [wildcards.quant] if "quant" in wildcards.keys() else quants
+
+
+def of_first(function, quants):
+    """An input function of a single type, for a job that builds several to which it gives the same."""
+    return lambda wildcards: function(
+        SimpleNamespace(model=wildcards.model, base=wildcards.base, quant=quants_of(wildcards, quants)[0])
+    )
 
 
 def default_gguf(model, base=""):

@@ -1,5 +1,5 @@
 # In: a merged checkpoint, or a base (`.base`); directly, base and adapter. Out: models/{model}{base}.{type}.gguf with
-# its manifest beside it.
+# its manifest beside it. Several types that are built directly and asked for together are one job.
 DIRECT = [name for name in PROJECT.models if builds_directly(name)]
 STAGED = [name for name in PROJECT.models if name not in DIRECT]
 
@@ -89,60 +89,71 @@ rule quantize_gguf:
         " --log {log:q}"
 
 
-rule build_direct:
-    """Merge, convert and quantize in one pass over the base."""
-    input:
-        base="bases/{model}/MANIFEST.json",
-        base_check=ancient("work/{model}/base.json"),
-        adapter=tuned_adapter,
-        imatrix=imatrix_manifest,
-        imatrix_gguf=imatrix_gguf,
-        llama_cpp="work/llama_cpp.json",
-    output:
-        gguf="models/{model}{base}.{quant}.gguf",
-        manifest="models/{model}{base}.{quant}.gguf.json",
-    log:
-        "logs/{model}/build_direct{base}.{quant}.log",
-    benchmark:
-        "logs/{model}/build_direct{base}.{quant}.jsonl"
-    wildcard_constraints:
-        model=model_names(PROJECT, DIRECT),
-    conda:
-        "../envs/train.yaml"
-    threads: 8
-    resources:
-        mem_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).mem_mb,
-        disk_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).disk_mb,
-        runtime=lambda w: estimate.direct_needs(spec(w.model), w.quant).runtime,
-        gpu=lambda w: estimate.direct_needs(spec(w.model), w.quant).gpu,
-        gpu_mem_mb=lambda w: estimate.direct_needs(spec(w.model), w.quant).gpu_mem_mb,
-    params:
-        python=interpreter,
-        script=script("build_direct.py"),
-        code=code_digest("build_direct.py"),
-        base=base_folder,
-        adapter=adapter_options,
-        artifact=lambda w: "base" if w.base else "merged",
-        dtype=lambda w: spec(w.model).merge.dtype,
-        base_weights=lambda w: spec(w.model).merge.base_weights,
-        settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
-        imatrix=imatrix_option,
-        llama_cpp=llama_cpp_options(),
-        # By a function of the input, which is not recorded: the bytes are the same on any device.
-        device=lambda w, input: spec(w.model).merge.device,
-    shell:
-        "{params.python} {params.script:q}"
-        " --base {params.base:q}"
-        " --base-manifest {input.base:q}"
-        " {params.adapter}"
-        " --artifact {params.artifact}"
-        " --name {wildcards.model}{wildcards.base}"
-        " --dtype {params.dtype}"
-        " --base-weights {params.base_weights}"
-        " --quant {wildcards.quant}"
-        " {params.settings}"
-        " {params.imatrix}"
-        " --device {params.device}"
-        " --output {output.gguf:q}"
-        " {params.llama_cpp}"
-        " --log {log:q}"
+for PASS in direct_passes(DIRECT):
+
+    rule:
+        name:
+            PASS.name
+        input:
+            base="bases/{model}/MANIFEST.json",
+            base_check=ancient("work/{model}/base.json"),
+            adapter=tuned_adapter,
+            imatrix=of_first(imatrix_manifest, PASS.quants),
+            imatrix_gguf=of_first(imatrix_gguf, PASS.quants),
+            llama_cpp="work/llama_cpp.json",
+        output:
+            gguf=expand("models/{{model}}{{base}}.{quant}.gguf", quant=PASS.quants),
+            manifest=expand("models/{{model}}{{base}}.{quant}.gguf.json", quant=PASS.quants),
+        log:
+            f"logs/{{model}}/build_direct{{base}}.{JOIN.join(PASS.quants)}.log",
+        benchmark:
+            f"logs/{{model}}/build_direct{{base}}.{JOIN.join(PASS.quants)}.jsonl"
+        wildcard_constraints:
+            model=model_names(PROJECT, PASS.models),
+            base=PASS.base,
+        conda:
+            "../envs/train.yaml"
+        threads: 8
+        resources:
+            mem_mb=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).mem_mb,
+            disk_mb=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).disk_mb,
+            runtime=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).runtime,
+            gpu=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).gpu,
+            gpu_mem_mb=lambda w, quants=PASS.quants: estimate.direct_needs(
+                spec(w.model), quants_of(w, quants)
+            ).gpu_mem_mb,
+        params:
+            python=interpreter,
+            script=script("build_direct.py"),
+            code=code_digest("build_direct.py"),
+            base=base_folder,
+            adapter=adapter_options,
+            artifact=lambda w: "base" if w.base else "merged",
+            dtype=lambda w: spec(w.model).merge.dtype,
+            base_weights=lambda w: spec(w.model).merge.base_weights,
+            settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
+            imatrix=of_first(imatrix_option, PASS.quants),
+            llama_cpp=llama_cpp_options(),
+            # By functions of the input, which are not recorded: a file's bytes are the same on any device and path, and
+            # whether it was built alone or with others.
+            device=lambda w, input: spec(w.model).merge.device,
+            path=lambda w, input: spec(w.model).quantize.path,
+            quants=lambda w, input, quants=PASS.quants: " ".join(f"--quant {each}" for each in quants_of(w, quants)),
+            output=lambda w, input: f"models/{w.model}{w.base}.{{quant}}.gguf",
+        shell:
+            "{params.python} {params.script:q}"
+            " --base {params.base:q}"
+            " --base-manifest {input.base:q}"
+            " {params.adapter}"
+            " --artifact {params.artifact}"
+            " --name {wildcards.model}{wildcards.base}"
+            " --dtype {params.dtype}"
+            " --base-weights {params.base_weights}"
+            " {params.quants}"
+            " {params.settings}"
+            " {params.imatrix}"
+            " --device {params.device}"
+            " --path {params.path}"
+            " --output {params.output:q}"
+            " {params.llama_cpp}"
+            " --log {log:q}"

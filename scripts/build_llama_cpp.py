@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lib.cli import run_script, script_parser
 from lib.console import say
-from lib.ggml import PINNED_FINGERPRINT, Ggml, GgmlError
 from lib.jsonfile import write_json
 from lib.llama_cpp import TOOLS, LlamaCpp, add_llama_cpp_options, llama_cpp_from
 
@@ -23,6 +22,8 @@ def build_llama_cpp(arguments: argparse.Namespace) -> None:
 
 def _fingerprint(ready: LlamaCpp) -> str | None:
     """What the build makes of a fixed block; said where that is not what the pinned one makes on x86-64."""
+    from lib.ggml import PINNED_FINGERPRINT, Ggml, GgmlError
+
     try:
         found = Ggml(ready, own_loops=False).fingerprint()
     except GgmlError as error:

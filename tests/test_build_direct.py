@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from build_direct import build_direct
+from build_direct import Build, build_direct
 from compute_imatrix import compute_imatrix
 from convert_gguf import convert_gguf
 from merge_adapter import merge_adapter
@@ -29,9 +32,10 @@ from lib.direct import closed_blocks
 from lib.llama_cpp import LlamaCpp
 from lib.merge import MergeError
 from lib.quant_types import BUILDABLE_TYPES, QUANTIZED_TYPES
-from lib.skeleton import Matrix, SkeletonError
+from lib.skeleton import Matrix
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
 
 # Wide enough for k-quants, except where rows do not fill a block and llama.cpp takes another type.
 SIZES = {
@@ -142,7 +146,7 @@ def directly(
 ) -> dict[str, bytes]:
     """What the direct path makes of them."""
     outputs = {quant: folder / f"direct.{quant}.gguf" for quant in quants}
-    build_direct(
+    build = Build(
         base=folder / "base",
         base_manifest=None,
         adapter=adapter_of(folder) if artifact == "merged" else None,
@@ -158,6 +162,7 @@ def directly(
         llama_cpp=llama_cpp,
         threads=threads,
     )
+    build_direct(build)
     made = {quant: output.read_bytes() for quant, output in outputs.items()}
     for output in outputs.values():
         output.unlink()
@@ -255,17 +260,35 @@ def test_blocks_hold_the_rows_that_change_places() -> None:
     assert [*closed_blocks(Matrix(tensor, (*range(1, 12), 0)), 45)] == [(0, 12)]
 
 
-def test_experts_are_refused_by_name(tiny_base: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+def test_experts_are_built_step_by_step(tiny_base: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
     (tmp_path / "base").mkdir()
     sentencepiece(tiny_base, tmp_path / "base")
     config = transformers.MixtralConfig(**SIZES, vocab_size=384, num_local_experts=2, tie_word_embeddings=False)
     transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     write_adapter(tmp_path, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
-    with pytest.raises(
-        SkeletonError, match=r"LlamaModel cannot be built directly: model\.layers\.0\..*experts.* is put together"
-    ):
-        directly(tmp_path, ["q8_0"], llama_cpp)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    command = [sys.executable, ROOT / "scripts/build_direct.py", "--base", tmp_path / "base", "--name=model"]
+    command += ["--adapter", tmp_path / "adapter", "--quant=q8_0", "--quant=q4_k_m", "--threads=2"]
+    command += ["--output", tmp_path / "out/direct.{quant}.gguf"]
+    refused = subprocess.run([*command, "--path=direct"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    (said,) = [line for line in refused.stderr.splitlines() if line.startswith("build_direct.py: ")]
+    assert re.search(r"LlamaModel cannot be streamed: model\.layers\.0\..*experts.* is put together", said)
+    assert said.endswith("; set quantize.path: auto, or staged")
+    assert [*(tmp_path / "out").iterdir()] == []
+
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "one after the other instead" in built.stderr
+    names = [f"direct.{quant}.gguf{end}" for quant in ("q8_0", "q4_k_m") for end in ("", ".json")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    for quant, expected in staged(tmp_path, ["q8_0", "q4_k_m"], llama_cpp).items():
+        assert (tmp_path / f"out/direct.{quant}.gguf").read_bytes() == expected
+    verified = subprocess.run(
+        [sys.executable, ROOT / "scripts/verify.py", tmp_path / "out/direct.q4_k_m.gguf"],
+        capture_output=True,
+        text=True,
+    )
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_values_beyond_float16_are_told(llama: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:

@@ -105,6 +105,20 @@ def test_help(tmp_path: Path) -> None:
     assert all(word in done.stdout for word in ("Does something.", "--log", "--threads"))
 
 
+def test_no_script_imports_torch_before_it_is_needed() -> None:
+    """That takes seconds; a wrong option is told of before them."""
+    names = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    print(name, "torch" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == [f"{name} False" for name in names], done.stderr
+
+
 def test_threads_can_be_left_out() -> None:
     assert "threads" not in vars(script_parser("x", threads=False).parse_args([]))
     assert script_parser("x").parse_args([]).threads == usable_cores()

@@ -19,7 +19,7 @@ STAGED = {"merge_adapter", "convert_gguf", "quantize_gguf"}
 def chosen_way(project: Path, checkout: Path, *targets: str) -> set[str]:
     """The rules of both ways that a dry run would run."""
     done = run_snakemake(project, "-n", *targets, checkout=checkout)
-    return planned_rules(done) & {*STAGED, "build_direct"}
+    return {rule for rule in planned_rules(done) if rule in STAGED or rule.startswith("build_direct")}
 
 
 @pytest.mark.slow
@@ -46,6 +46,35 @@ def test_the_direct_rule_gives_the_files_of_the_staged_ones(built: Path, tmp_pat
     assert [line for line in verified.stderr.splitlines() if line.strip() == "ok"] == ["  ok"] * 3
     assert "from the adapter" in verified.stderr
     assert "merged in float32 onto the original weights, rounded once to float16" in verified.stderr
+
+
+@pytest.mark.slow
+def test_types_that_are_asked_for_together_are_one_job(built: Path, tmp_path: Path) -> None:
+    project, checkout = copy_built(built, tmp_path / "copy")
+    set_in_config("models", "tiny", "quantize", "path", value="direct")(project, checkout)
+    expected = hashlib.sha256((built / "models/tiny.q4_k_m.gguf").read_bytes()).hexdigest()
+    shutil.rmtree(project / "models")
+    names = ["models/tiny.q8_0.gguf", "models/tiny.q4_k_m.gguf"]
+    assert chosen_way(project, checkout, *names) == {"build_direct_q4_k_m_and_q8_0"}
+    # A job on a cluster is a call of Snakemake that names no file.
+    job = ["--target-jobs", "build_direct_q4_k_m_and_q8_0:model=tiny,base=", "--mode=remote"]
+    done = run_snakemake(project, "-j1", *job, checkout=checkout)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (project / "models").iterdir()} == {
+        Path(name).name + end for name in names for end in ("", ".json")
+    }
+    assert hashlib.sha256((project / names[1]).read_bytes()).hexdigest() == expected
+    shutil.rmtree(project / "models")
+    done = run_snakemake(project, "-j1", *names, checkout=checkout)
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256((project / names[1]).read_bytes()).hexdigest() == expected
+    # Alone or together, it is the same file, and is built once.
+    for targets in ([names[0]], [names[1]], names):
+        assert planned_rules(run_snakemake(project, "-n", *targets, checkout=checkout)) == set()
+    (project / names[0]).unlink()
+    assert chosen_way(project, checkout, *names) == {"build_direct"}
+    planned = run_snakemake(project, "-n", *names, checkout=checkout).stdout
+    assert "output: models/tiny.q8_0.gguf" in planned and "output: models/tiny.q4_k_m.gguf" not in planned
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from build_llama_cpp import build_llama_cpp
 
 from lib import ggml as ggml_module
 from lib.config import schema
-from lib.ggml import PINNED_FINGERPRINT, Ggml, GgmlError, row_bytes
+from lib.ggml import PINNED_FINGERPRINT, Ggml, GgmlError
+from lib.gguf_file import row_bytes
 from lib.k_quants import FLAGS, TYPES, loops_by_type
 from lib.llama_cpp import LlamaCpp
 
@@ -124,7 +125,7 @@ def test_a_build_is_known_by_a_fixed_block(llama_cpp: LlamaCpp, reference: Ggml,
 def test_a_build_of_other_bytes_is_told(llama_cpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(build_llama_cpp_module, "say", said.append)
-    monkeypatch.setattr(build_llama_cpp_module, "PINNED_FINGERPRINT", "0" * 64)
+    monkeypatch.setattr(ggml_module, "PINNED_FINGERPRINT", "0" * 64)
     assert build_llama_cpp_module._fingerprint(llama_cpp) == PINNED_FINGERPRINT
     static = dataclasses.replace(llama_cpp, programs=tmp_path)
     assert build_llama_cpp_module._fingerprint(static) is None

@@ -12,7 +12,7 @@ import pytest
 from small_disk import small_disk
 
 from lib.console import LOGGER, configure_logging
-from lib.process import LAST_LINES, ProgramError, run_program
+from lib.process import LAST_LINES, Program, ProgramError, run_program
 
 
 @pytest.fixture
@@ -173,3 +173,31 @@ def test_progress_bars_do_not_push_out_the_last_words() -> None:
     program = "import sys; print('the reason', flush=True); [print(f'\\r{n}%|#', end='') for n in range(50)]; exit(1)"
     with pytest.raises(ProgramError, match=r":\n  the reason$"):
         run_program([sys.executable, "-c", program])
+
+
+def listening(program: str) -> Program:
+    return Program([sys.executable, "-c", program], listens=True)
+
+
+def test_a_program_is_told_what_to_do_after_its_start() -> None:
+    seen: list[str] = []
+    program = listening("import sys; print('ready', flush=True); print(len(sys.stdin.read()))")
+    program.tell("x" * 1_000_000)
+    program.finish(follow=seen.append)
+    assert seen == ["ready", "1000000"]
+
+
+def test_a_program_that_does_not_listen_says_why() -> None:
+    program = listening("import sys; sys.stdin.close(); sys.exit('no such module')")
+    program.tell("x" * 1_000_000)
+    with pytest.raises(ProgramError, match="no such module") as caught:
+        program.finish()
+    assert caught.value.status == 1
+
+
+def test_a_program_that_is_not_needed_any_more_is_ended(tmp_path: Path) -> None:
+    program = listening(f"import pathlib, sys; sys.stdin.read(); pathlib.Path({str(tmp_path / 'done')!r}).touch()")
+    program.end()
+    program.end()
+    program.tell("too late")
+    assert not (tmp_path / "done").exists()

@@ -97,7 +97,7 @@ def packages_of(script: Path) -> set[str]:
             top = module.partition(".")[0]
             if own.is_file():
                 waiting += [own] if own not in seen else []
-            elif top not in sys.stdlib_module_names and top != "lib":
+            elif top not in sys.stdlib_module_names and top != "lib" and not (SCRIPTS / f"{top}.py").is_file():
                 found |= {canonicalize_name(each) for each in known[top]}
     return found
 
@@ -111,7 +111,7 @@ def test_whatever_is_imported_is_pinned() -> None:
 RULES = [
     (script, environment)
     for path in sorted((ROOT / "rules").glob("*.smk"))
-    for body in re.split(r"^rule ", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+    for body in re.split(r"^ *rule\b", path.read_text(encoding="utf-8"), flags=re.M)[1:]
     for script in re.findall(r'script=script\("([a-z_]+\.py)"\)', body)
     for environment in re.findall(r'conda:\s+"\.\./(envs/[a-z_]+\.yaml)"', body)
 ]

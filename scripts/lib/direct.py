@@ -8,6 +8,7 @@ threads; one thread for each file writes and hashes them in their order. Memory 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,8 +21,7 @@ import numpy as np
 import torch
 
 from lib.console import progress
-from lib.ggml import row_bytes
-from lib.gguf_file import GgufError, GgufFile, GgufTensor
+from lib.gguf_file import GgufError, GgufFile, GgufTensor, row_bytes
 from lib.merge import BlockTask, Overflows, all_finite, worked_blocks
 from lib.quantized_gguf import padded
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 BLOCK_VALUES = {"cpu": 1 << 21, "cuda": 1 << 23}
 # Threads that a GPU is fed by; each takes memory there.
 MOST_GPU_THREADS = 12
+# Pieces that a file may be behind, so that neither writing nor hashing waits for the other, or for a new piece.
+WAITING_PIECES = 4
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -49,14 +51,14 @@ class Target:
 
 
 class Output:
-    """A file that grows at its end, written by one thread and hashed by another, a piece behind."""
+    """A file that grows at its end, written by one thread and hashed by another, some pieces behind."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._size = 0
         self._pools = [ThreadPoolExecutor(max_workers=1) for _ in range(2)]
-        self._last: list[Future[Any]] = []
+        self._waiting: deque[Future[Any]] = deque()
 
     def add(self, data: bytes | memoryview) -> None:
         """
@@ -65,10 +67,10 @@ class Output:
         Raises:
             OSError: an earlier piece could not be written.
         """
-        self._wait()
+        self._wait(but=WAITING_PIECES)
         self._size += len(data)
         tasks = (self._file.write, self._digest.update)
-        self._last = [pool.submit(task, data) for pool, task in zip(self._pools, tasks, strict=True)]
+        self._waiting.extend(pool.submit(task, data) for pool, task in zip(self._pools, tasks, strict=True))
 
     def finish(self) -> dict[str, Any]:
         """Wait for the last piece; size and SHA-256 of the file, for the manifest."""
@@ -77,9 +79,10 @@ class Output:
             pool.shutdown()
         return {"size": self._size, "sha256": self._digest.hexdigest()}
 
-    def _wait(self) -> None:
-        for future in self._last:
-            future.result()
+    def _wait(self, *, but: int = 0) -> None:
+        """Until no more pieces than `but` are still to be written or hashed."""
+        while len(self._waiting) > but * len(self._pools):
+            self._waiting.popleft().result()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ side of what was seen so far.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,10 +134,11 @@ def quantize_needs(model: Model, quant: str) -> Needs:
     return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
 
 
-def direct_needs(model: Model, quant: str) -> Needs:
+def direct_needs(model: Model, quants: Sequence[str]) -> Needs:
     """Blocks of rows for each thread, and the header of the file; 1.2 GB were seen with 16 threads at 32B."""
-    seconds = shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
-    needs = Needs(mem_mb=_mb(2e9), disk_mb=_mb(weight_bytes(model, quant) + 0.1e9), runtime=_minutes(seconds))
+    seconds = len(quants) * shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
+    size = sum(weight_bytes(model, quant) + 0.1e9 for quant in quants)
+    needs = Needs(mem_mb=_mb(2e9), disk_mb=_mb(size), runtime=_minutes(seconds))
     if model.merge.device == "cuda":
         return replace(needs, mem_mb=_mb(2e9 + CUDA_HOST_BYTES), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
     return needs
@@ -169,6 +171,13 @@ def answer_needs(model: Model, quant: str) -> Needs:
 def build_needs() -> Needs:
     """One compiler a thread; a build on 2 threads was sampled at 0.9 GB in all, so 0.7 GB each is on the safe side."""
     return Needs(mem_mb=_mb(0.7e9 * THREADS), disk_mb=600, runtime=60)
+
+
+def modelfile_needs(model: Model) -> Needs:
+    """A Python with transformers, and llama-server, which maps the weights and keeps 512 tokens of a context."""
+    shape = shape_of(model)
+    kept = 2 * 2 * 512 * shape.num_hidden_layers * shape.hidden_size
+    return Needs(_mb(2 * INTERPRETER_BYTES + kept), disk_mb=1, runtime=5)
 
 
 def small_needs() -> Needs:

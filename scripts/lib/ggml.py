@@ -12,6 +12,7 @@ import torch
 
 from lib.console import note
 from lib.errors import ModelmillError
+from lib.gguf_file import row_bytes
 from lib.k_quants import BLOCK_VALUES, Way, kernels_by_type, loops_by_type
 
 if TYPE_CHECKING:
@@ -118,14 +119,6 @@ class Ggml:
             else:
                 note(f"{what} for {kind} does not give llama.cpp's bytes; llama.cpp's own is taken")
         return good
-
-
-def row_bytes(kind: str, values: int) -> int:
-    """Bytes of so many values in a type."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return values // block_values * block_bytes
 
 
 def _number(kind: str) -> int:

@@ -109,6 +109,14 @@ def read_gguf(path: Path, *, vocabulary_only: bool = False) -> GgufFile:
     return found
 
 
+def row_bytes(kind: str, values: int) -> int:
+    """Bytes of so many values in a type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return values // block_values * block_bytes
+
+
 def count_types(file: GgufFile) -> dict[str, int]:
     """How many tensors there are of each type, by llama.cpp's names of tensor types."""
     return dict(sorted(Counter(tensor.type for tensor in file.tensors).items()))

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import dropwhile
 from pathlib import Path
 
@@ -24,7 +25,93 @@ FRAME = re.compile(r'\s+File ".*", line \d+')
 
 
 class ProgramError(ModelmillError):
-    """A program that was run has failed."""
+    """
+    A program that was run has failed.
+
+    Attributes:
+        status: what it ended with; None if it could not be started.
+    """
+
+    status: int | None = None
+
+
+class Program:
+    """A program that was started, whose end is to be waited for."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        listens: bool = False,
+    ) -> None:
+        """
+        Args:
+            command: program and arguments.
+            environment: variables added to this process's.
+            folder: where it runs, if not in this process's working folder.
+            listens: whether it is told something on its standard input.
+
+        Raises:
+            ProgramError: it cannot be started.
+        """
+        words = [str(word) for word in command]
+        self._name = words[0]
+        try:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                cwd=folder,
+            )
+        except OSError as error:
+            raise ProgramError(f"{self._name} cannot be started: {error.strerror}") from error
+
+    def tell(self, text: str) -> None:
+        """Write to its standard input, and close that; why a program did not read it, `finish` says."""
+        if self._process.stdin and not self._process.stdin.closed:
+            with suppress(BrokenPipeError), self._process.stdin as stdin:
+                stdin.write(text.encode())
+
+    def finish(
+        self, *, follow: Callable[[str], None] | None = None, line_ends: str = "\r", output: Path | None = None
+    ) -> None:
+        """
+        Wait for its end; the arguments and what is raised are those of `run_program`.
+        """
+        last: deque[str] = deque(maxlen=LAST_LINES)
+        try:
+            for line in _lines(self._process, line_ends):
+                if not BAR.search(line):
+                    last.append(line)
+                note(line)
+                if follow:
+                    follow(line)
+        except BaseException:
+            self._process.kill()
+            raise
+        finally:
+            self._process.wait()
+            self.end()
+        if self._process.returncode:
+            ended = f"{Path(self._name).name} ended with status {self._process.returncode}:"
+            if _met_full_disk(last, output=output):
+                ended = f"{describe_full_disk(writing=output)}; {ended}"
+            failed = ProgramError("\n".join([ended, *(f"  {line}" for line in _without_frames(last))]))
+            failed.status = self._process.returncode
+            raise failed
+
+    def end(self) -> None:
+        """End it, if it still runs."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                with suppress(BrokenPipeError):
+                    stream.close()
 
 
 def run_program(
@@ -52,38 +139,7 @@ def run_program(
         ProgramError: it cannot be started, or ends with a status other than 0; the message ends with
             the last lines it printed, of a Python traceback only the error.
     """
-    words = [str(word) for word in command]
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    try:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            cwd=folder,
-        )
-    except OSError as error:
-        raise ProgramError(f"{words[0]} cannot be started: {error.strerror}") from error
-    try:
-        for line in _lines(process, line_ends):
-            if not BAR.search(line):
-                last.append(line)
-            note(line)
-            if follow:
-                follow(line)
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-    if process.returncode:
-        ended = f"{Path(words[0]).name} ended with status {process.returncode}:"
-        if _met_full_disk(last, output=output):
-            ended = f"{describe_full_disk(writing=output)}; {ended}"
-        raise ProgramError("\n".join([ended, *(f"  {line}" for line in _without_frames(last))]))
+    Program(command, environment=environment, folder=folder).finish(follow=follow, line_ends=line_ends, output=output)
 
 
 def _met_full_disk(last: Iterable[str], *, output: Path | None) -> bool:

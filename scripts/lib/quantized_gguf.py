@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib.ggml import row_bytes
-from lib.gguf_file import ALIGNMENT, STRING, GgufError, GgufFile, GgufTensor
+from lib.gguf_file import ALIGNMENT, STRING, GgufError, GgufFile, GgufTensor, row_bytes
 from lib.imatrix import NAME as IMATRIX_NAME
 from lib.llama_cpp import LlamaCpp
 from lib.process import run_program

@@ -7,14 +7,14 @@ are the converter's, and so are the values of everything that is no matrix. Both
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lib import skeleton_converter
 from lib.checkpoint import WEIGHTS, copy_side_files
@@ -23,7 +23,7 @@ from lib.gguf_file import GgufFile, read_gguf
 from lib.jsonfile import read_json, write_json
 from lib.llama_cpp import LlamaCpp
 from lib.merge import Overflows, merged_blocks
-from lib.process import ProgramError, run_program
+from lib.process import Program, ProgramError
 from lib.safetensors_file import BYTES_PER_VALUE, STORED, shard_header
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class SkeletonError(ModelmillError):
-    """llama.cpp's converter makes of a checkpoint what cannot be made of it row by row."""
+    """llama.cpp's converter refuses a checkpoint."""
+
+
+class UnstreamedError(SkeletonError):
+    """It makes of a matrix what cannot be made of it row by row."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Skeleton:
     matrices: Mapping[str, Matrix]
 
 
+@contextmanager
+def started_converter(llama_cpp: LlamaCpp) -> Iterator[Program]:
+    """llama.cpp's converter, for `make_skeleton`: it gets ready meanwhile, and is ended with the block."""
+    program = Program([sys.executable, skeleton_converter.__file__, llama_cpp.convert_script], listens=True)
+    try:
+        yield program
+    finally:
+        program.end()
+
+
 def make_skeleton(
     folder: Path,
     tensors: Sequence[MergedTensor],
@@ -63,7 +77,7 @@ def make_skeleton(
     dtype: str,
     outtype: str,
     metadata: dict[str, Any],
-    llama_cpp: LlamaCpp,
+    converter: Program,
     overflows: Overflows,
 ) -> Skeleton:
     """
@@ -76,10 +90,12 @@ def make_skeleton(
         dtype: of the merged checkpoint.
         outtype: f16 or bf16.
         metadata: the content of the converter's `--metadata` file.
+        converter: of `started_converter`.
         overflows: takes note of what does not fit `dtype`.
 
     Raises:
-        SkeletonError: an architecture that changes more of a matrix than its name and the order of its rows.
+        UnstreamedError: an architecture that changes more of a matrix than its name and the order of its rows.
+        SkeletonError: the converter refuses the checkpoint.
     """
     checkpoint, told, rows = folder / "checkpoint", folder / "metadata.json", folder / "rows.json"
     file = folder / "model.gguf"
@@ -87,13 +103,15 @@ def make_skeleton(
     copy_side_files(base, checkpoint, config=config, dtype=dtype)
     _write_checkpoint(checkpoint / WEIGHTS, tensors, dtype=dtype, overflows=overflows)
     write_json(told, metadata)
-    command = [sys.executable, skeleton_converter.__file__, rows, llama_cpp.convert_script, checkpoint]
-    command += ["--outfile", file, "--outtype", outtype, "--metadata", told]
+    words = [rows, checkpoint, "--outfile", file, "--outtype", outtype, "--metadata", told]
+    converter.tell(json.dumps([str(word) for word in words]))
     try:
-        run_program(command, output=file)
+        converter.finish(output=file)
     except ProgramError as error:
-        advice = "take quantize.path: staged, if the reason is the architecture"
-        raise SkeletonError(f"{base} cannot be built directly; {advice}.\n{error}") from error
+        if error.status == skeleton_converter.UNSTREAMED:
+            said = [line.strip() for line in str(error).splitlines() if skeleton_converter.REFUSAL in line]
+            raise UnstreamedError(f"{base}: {said[-1]}") from error
+        raise SkeletonError(f"{base} cannot be converted\n{error}") from error
     return _understand(read_gguf(file), read_json(rows), {tensor.name: tensor for tensor in tensors}, base=base)
 
 
@@ -106,16 +124,15 @@ def _understand(
             continue
         source = tensors.get(found["source"])
         if source is None or source.shape != tensor.shape:
-            raise SkeletonError(
-                f"{base}: {tensor.name} cannot be built directly: the converter makes it of {found['source']}; "
-                "set quantize.path: staged"
-            )
+            raise UnstreamedError(f"{base}: {tensor.name} {skeleton_converter.REFUSAL}: made of {found['source']}")
         matrices[tensor.name] = Matrix(source, None if found["order"] is None else tuple(found["order"]))
     return Skeleton(file, matrices)
 
 
 def _write_checkpoint(path: Path, tensors: Sequence[MergedTensor], *, dtype: str, overflows: Overflows) -> None:
     """One safetensors file with holes for all tensors of more than one dimension."""
+    import torch
+
     stored = STORED[dtype]
     header = shard_header(tensors, dtype=stored)
     few = [tensor for tensor in tensors if len(tensor.shape) < 2]

@@ -1,7 +1,10 @@
 """
 llama.cpp's converter, run on a checkpoint whose matrices are holes: what it calls each, and how it orders their rows.
 
-    python skeleton_converter.py ROWS_FILE CONVERT_HF_TO_GGUF.PY ARGUMENT…
+    python skeleton_converter.py CONVERT_HF_TO_GGUF.PY < WORDS
+
+Its imports take longer than all else, so it is started before its checkpoint is there, and told on standard input, as
+a JSON list: the file to write the orders of rows into, and the converter's own arguments.
 
 Matrices stay holes in the file that it writes, of the size that they would have. Each goes through the architecture's
 own `modify_tensors` twice: as the converter wants it, and as a matrix of which every value tells its row and column.
@@ -19,6 +22,8 @@ from typing import Any
 
 # Columns of the matrix that shows where rows go: two, so that a change of their order is seen as well.
 PROBE_COLUMNS = 2
+# What this ends with if an architecture's matrices are not the rows of a checkpoint's in some order.
+UNSTREAMED, REFUSAL = 65, "cannot be streamed"
 
 
 class Hole:
@@ -93,7 +98,8 @@ def note_rows(model: Any, rows: dict[str, Any]) -> None:
                         raise ValueError("is put together with others")
                     orders = row_orders(lambda probe: modify(probe, name, block), tuple(tensor.shape))
                 except (ValueError, RuntimeError, IndexError) as error:
-                    sys.exit(f"{type(self).__name__} cannot be built directly: {name} {error}")
+                    print(f"{type(self).__name__} {REFUSAL}: {name} {error}", file=sys.stderr)
+                    sys.exit(UNSTREAMED)
                 rows.update((new, {"source": name, "order": order}) for new, order in orders.items())
             return made
 
@@ -105,19 +111,21 @@ def note_rows(model: Any, rows: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the converter as if it were the program."""
-    target, script = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.argv = sys.argv[2:]
+    script = Path(sys.argv[1])
     # Where the converter looks for its own modules, and for the gguf package of its own version.
     sys.path[:1] = [str(script.parent), str(script.parent / "gguf-py")]
     import gguf
+    from transformers import AutoTokenizer  # noqa: F401 - the converter imports it when it has read the weights
 
     models = import_module("conversion.base").ModelBase
 
+    target, *arguments = json.load(sys.stdin)
+    sys.argv = [str(script), *arguments]
     rows: dict[str, Any] = {}
     leave_holes(gguf.GGUFWriter, rows)
     note_rows(models, rows)
     runpy.run_path(str(script), run_name="__main__")
-    target.write_text(json.dumps(rows))
+    Path(target).write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 
 from lib.config import suggest
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
@@ -12,6 +13,7 @@ from lib.spec import Model, Project
 
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
 HEATMAP_ENDINGS = (".onnx", ".eval.json")
+JOIN = "_and_"  # between the types in the name of a rule that makes several
 TRAINING_ENDINGS = (".training.json", ".training.png")
 
 
@@ -36,6 +38,38 @@ def model_names(project: Project, names: Collection[str] | None = None) -> str:
     return rf"(?!{impossible})({'|'.join(project.models if names is None else names) or '(?!)'})"
 
 
+def types_together(words: Iterable[str], project: Project) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """
+    The quantized files of a model that a command asks for together, which one pass over its base can make.
+
+    What is there already does not go with what is missing, nor a type that takes the importance matrix with one that
+    does not.
+
+    Args:
+        words: of the command line: files, or in a job on a cluster its rule, whose name tells the types.
+
+    Returns:
+        The models, by ".base" or "" and the types.
+    """
+    asked: dict[tuple[str, str, bool, bool], set[str]] = defaultdict(set)
+    together: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    a_type = "|".join(QUANTIZED_TYPES)
+    file = re.compile(rf"models/(?P<model>{model_names(project)})(?P<base>(\.base)?)\.(?P<quant>{a_type})\.gguf")
+    job = re.compile(
+        rf"build_direct_(?P<types>({a_type})({JOIN}({a_type}))+)(_base)?:model=(?P<model>.+),base=(?P<base>.*)"
+    )
+    for word in words:
+        if named := job.fullmatch(word):
+            together[named["base"], tuple(named["types"].split(JOIN))].append(named["model"])
+        if named := file.fullmatch(os.path.normpath(word)):
+            uses_imatrix = project.models[named["model"]].quantize.uses_imatrix(named["quant"])
+            asked[named["model"], named["base"], os.path.exists(word), uses_imatrix].add(named["quant"])
+    for (model, base, *_), quants in asked.items():
+        if len(quants) > 1:
+            together[base, tuple(sorted(quants))].append(model)
+    return together
+
+
 def wrong_targets(project: Project) -> str:
     """A regular expression for files in our folders that no rule makes and that are no input of the user's."""
     every, adapted, trained, asked, calibrated = (
@@ -55,8 +89,10 @@ def wrong_targets(project: Project) -> str:
         rf"models/({every})/merged(/MANIFEST\.json)?",
         rf"models/({every})(\.base)?\.({types})\.gguf(\.json)?",
         rf"models/({every})(\.({types}))?\.Modelfile",
+        rf"reports/({every})(\.({types}))?\.chat\.json",
         rf"models/({calibrated})(\.base)?\.({low_types}|imatrix)\.gguf(\.json)?",
         rf"models/({calibrated})\.({low_types})\.Modelfile",
+        rf"reports/({calibrated})\.({low_types})\.chat\.json",
         rf"reports/({trained})\.training\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
     ]
