@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_snakemake, write_project
+from test_modelfile import read
 
 from lib.gguf_file import count_types, read_gguf
 
@@ -117,13 +118,20 @@ def test_gguf_holds_types_template_and_origin(built: Path) -> None:
 
 
 def test_modelfile(built: Path) -> None:
-    assert (built / "models/tiny.Modelfile").read_text(encoding="utf-8").splitlines() == [
-        "FROM ./tiny.q4_k_m.gguf",
-        "PARAMETER temperature 0.5",
-        'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop "END"',
-        'SYSTEM "答えは短く。"',
+    statements = read((built / "models/tiny.Modelfile").read_text(encoding="utf-8"))
+    (template,) = [value for command, value in statements if command == "TEMPLATE"]
+    assert template.count("<|im_start|>assistant") == 2 and "{{ $message.Content }}" in template
+    assert [each for each in statements if each[0] != "TEMPLATE"] == [
+        ("FROM", "./tiny.q4_k_m.gguf"),
+        ("PARAMETER temperature", "0.5"),
+        ("PARAMETER stop", "<|im_end|>"),
+        ("PARAMETER stop", "<|im_start|>"),
+        ("PARAMETER stop", "END"),
+        ("SYSTEM", "答えは短く。"),
     ]
+    report = json.loads((built / "reports/tiny.chat.json").read_text(encoding="utf-8"))
+    assert report["template"] == {"written": True, "reason": None, "rendered_by_go": True}
+    assert all(each["tokens"] > 10 for each in report["conversations"].values())
 
 
 def test_smoke_report_holds_both_models_answers(built: Path) -> None:

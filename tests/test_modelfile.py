@@ -13,7 +13,7 @@ import pytest
 from lib.modelfile import ModelfileError, named_weights, render_modelfile
 
 STATEMENT = re.compile(
-    r'(FROM|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S
+    r'(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S
 )
 
 
@@ -34,8 +34,16 @@ def read(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def render(*, system: str | None = None, parameters: dict[str, Any] | None = None, stops: tuple[str, ...] = ()) -> str:
-    return render_modelfile(gguf_name="m.q4_k_m.gguf", system=system, parameters=parameters or {}, stops=list(stops))
+def render(
+    *,
+    system: str | None = None,
+    parameters: dict[str, Any] | None = None,
+    stops: tuple[str, ...] = (),
+    template: str | None = None,
+) -> str:
+    return render_modelfile(
+        gguf_name="m.q4_k_m.gguf", template=template, system=system, parameters=parameters or {}, stops=list(stops)
+    )
 
 
 def test_a_whole_modelfile() -> None:
@@ -43,9 +51,11 @@ def test_a_whole_modelfile() -> None:
         system="You answer briefly.",
         parameters={"temperature": 0.6, "num_ctx": 8192, "stop": ["END"]},
         stops=("<|im_end|>",),
+        template='{{ if eq .Role "user" }}\n{{ end }}',
     )
     assert text == (
         "FROM ./m.q4_k_m.gguf\n"
+        'TEMPLATE """{{ if eq .Role "user" }}\n{{ end }}"""\n'
         "PARAMETER num_ctx 8192\n"
         "PARAMETER temperature 0.6\n"
         'PARAMETER stop "<|im_end|>"\n'
@@ -128,6 +138,7 @@ def test_the_order_of_parameters_does_not_matter() -> None:
 def test_wrong_parameters_on_the_command_line(parameters: str, said: str, tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[1] / "scripts/render_modelfile.py"
     command = [sys.executable, script, "--gguf", "x.gguf", "--output", "x", "--parameters", parameters]
+    command += ["--tokenizer", "x", "--report", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "--parameters" in done.stderr and said in done.stderr
@@ -137,7 +148,7 @@ def test_wrong_parameters_on_the_command_line(parameters: str, said: str, tmp_pa
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (render_modelfile(gguf_name="m.q4_k_m.gguf", system="FROM x", parameters={}, stops=[]), "./m.q4_k_m.gguf"),
+        (render(system="FROM x", template="FROM y"), "./m.q4_k_m.gguf"),
         ("# a remark\n\nfrom  llama3 \nSYSTEM x", "llama3"),
         ("PARAMETER temperature 1\n", None),
         ("FROM", None),

@@ -32,6 +32,7 @@ def test_needs_are_those_of_the_estimate(models: tuple[dict[str, Model], estimat
         "convert_gguf": estimate.convert_needs,
         "quantize_gguf": lambda model: estimate.quantize_needs(model, "q4_k_m"),
         "build_direct, instead of these three": lambda model: estimate.direct_needs(model, ["q4_k_m"]),
+        "render_modelfile": estimate.modelfile_needs,
     }
     for step, needs_of in steps.items():
         cells = [cell.strip() for cell in re.search(rf"^\| {step} \|(.*)\|$", README, re.MULTILINE)[1].split("|")]

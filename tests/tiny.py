@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SHAPE = {
@@ -74,7 +75,9 @@ def _write_tokenizer(folder: Path) -> None:
     )
     text.unlink()
     (folder / "tokenizer.vocab").unlink()
-    tokenizer = LlamaTokenizer.from_pretrained(folder, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder, eos_token="<|im_end|>", pad_token="<pad>", add_prefix_space=False
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
 

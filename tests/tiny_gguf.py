@@ -96,6 +96,7 @@ def make_gguf(vocabulary: dict[str, list], tmp_path: Path) -> Callable[..., Path
         flags: dict[str, bool] | None = None,
         scaling: str | None = None,
         parts: int = 1,
+        template: str = TEMPLATE,
         spoil: Callable[[dict[str, np.ndarray]], Any] = lambda weights: None,
     ) -> Path:
         path = tmp_path / f"{pre}.gguf"
@@ -120,7 +121,7 @@ def make_gguf(vocabulary: dict[str, list], tmp_path: Path) -> Callable[..., Path
             writer.add_token_merges(vocabulary["merges"])
             writer.add_eos_token_id(tokens.index("<|im_end|>"))
             writer.add_pad_token_id(tokens.index("<|endoftext|>"))
-            writer.add_chat_template(TEMPLATE)
+            writer.add_chat_template(template)
             writer.add_add_space_prefix(False)
             for key, value in (flags if flags is not None else {"add_bos_token": False}).items():
                 writer.add_bool(f"tokenizer.ggml.{key}", value)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -25,6 +25,10 @@ class ServerError(ModelmillError):
     """llama-server did not start, or gave no answer."""
 
 
+class ServerRefusal(ServerError):
+    """llama-server says that it cannot do what it was asked for."""
+
+
 class LlamaServer:
     """A running llama-server that holds one model."""
 
@@ -37,10 +41,19 @@ class LlamaServer:
         body = {"messages": [message], "temperature": 0.0, "max_tokens": max_tokens, "cache_prompt": False}
         return self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
-    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        """Token ids of a text, without BOS."""
-        body = {"content": text, "add_special": False, "parse_special": parse_special}
+    def tokenize(self, text: str, *, parse_special: bool, add_special: bool = False) -> list[int]:
+        """Token ids of a text; with `add_special` those that the vocabulary puts around any text, as BOS, too."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return self._post("/tokenize", body)["tokens"]
+
+    def render(self, conversation: Sequence[Mapping[str, str]]) -> str:
+        """
+        A conversation by the chat template inside the file, without a BOS that the vocabulary puts before any text.
+
+        Raises:
+            ServerRefusal: the template refuses it.
+        """
+        return self._post("/apply-template", {"messages": [dict(message) for message in conversation]})["prompt"]
 
     def is_ready(self) -> bool:
         """Whether the model is loaded."""
@@ -55,12 +68,14 @@ class LlamaServer:
         except httpx.TransportError as error:
             raise ServerError(f"llama-server gave no answer: {error}") from error
         if response.is_error:
-            raise ServerError(f"llama-server refused {path}: {response.text[:300]}")
+            raise ServerRefusal(f"llama-server refused {path}: {response.text[:300]}")
         return response.json()
 
 
 @contextmanager
-def serving(gguf: Path, *, program: Path, threads: int, context: int = 2048) -> Iterator[LlamaServer]:
+def serving(
+    gguf: Path, *, program: Path, threads: int, context: int = 2048, answering: bool = True
+) -> Iterator[LlamaServer]:
     """
     Run llama-server on a free port of loopback.
 
@@ -69,6 +84,7 @@ def serving(gguf: Path, *, program: Path, threads: int, context: int = 2048) -> 
         program: llama-server.
         threads: of the computation.
         context: tokens of prompt and answer.
+        answering: whether it is asked for answers; else weights are only mapped.
 
     Raises:
         ServerError: it ended or was not ready in time; the message ends with its last lines.
@@ -78,6 +94,7 @@ def serving(gguf: Path, *, program: Path, threads: int, context: int = 2048) -> 
         port = probe.getsockname()[1]
     command = [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--jinja"]
     command += ["--threads", str(threads), "--ctx-size", str(context), "--parallel", "1", "--no-webui", "--offline"]
+    command += [] if answering else ["--no-warmup", "--no-repack"]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

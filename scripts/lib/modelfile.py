@@ -14,14 +14,15 @@ class ModelfileError(ModelmillError):
     """A value cannot be written into a Modelfile."""
 
 
-def render_modelfile(*, gguf_name: str, system: str | None, parameters: Mapping[str, Any], stops: list[str]) -> str:
+def render_modelfile(
+    *, gguf_name: str, template: str | None, system: str | None, parameters: Mapping[str, Any], stops: list[str]
+) -> str:
     """
     The text of a Modelfile.
 
-    There is no TEMPLATE: Ollama then uses the chat template inside the GGUF, which is the one trained with.
-
     Args:
         gguf_name: file name of the weights, beside the Modelfile.
+        template: Ollama's TEMPLATE; without one it uses the chat template inside the GGUF.
         system: system prompt.
         parameters: Ollama's PARAMETERs; `stop` adds to `stops`.
         stops: texts that end an answer.
@@ -30,6 +31,8 @@ def render_modelfile(*, gguf_name: str, system: str | None, parameters: Mapping[
         ModelfileError: a text that the grammar cannot hold.
     """
     lines = [f"FROM ./{gguf_name}"]
+    if template is not None:
+        lines.append(f"TEMPLATE {_quoted(template, where='TEMPLATE')}")
     lines += _parameter_lines(parameters, stops)
     if system is not None:
         lines.append(f"SYSTEM {_quoted(system, where='ollama.system')}")

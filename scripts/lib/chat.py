@@ -1,0 +1,143 @@
+"""How a model is talked to: what each engine makes of its chat template, and what Ollama is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.chat_format import ChatFormat, Conversation, FormatError, TemplateRefusal, go_template, recognize, stop_texts
+from lib.chat_jinja import render_of, tokens_for_training
+from lib.chat_parity import BEYOND, PROBES, SERVED, TEMPLATE, TRAINED, first_difference, refuse_differences
+from lib.gguf_file import GgufFile
+from lib.llama_server import LlamaServer, ServerRefusal
+from lib.ollama_template import find_go, render_by_go
+
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are no text of their own
+END_TOKENS = ("eos", "eot", "eom")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """
+    Attributes:
+        template: Ollama's TEMPLATE; None if it cannot say what the chat template writes.
+        reason: why there is none.
+        stops: texts that end an answer.
+        refuses_system: whether the chat template takes no system message.
+        report: what each engine makes of each conversation.
+    """
+
+    template: str | None
+    reason: str | None
+    stops: list[str]
+    refuses_system: bool
+    report: dict[str, Any]
+
+
+def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path) -> Chat:
+    """
+    Read the probe conversations with every engine there is.
+
+    Args:
+        weights: of a GGUF file with a chat template.
+        server: that has it loaded.
+        tokenizer: folder of the checkpoint whose tokenizer the model was trained with.
+
+    Raises:
+        ParityError: llama.cpp reads a conversation otherwise than transformers.
+        BaseModelError: transformers cannot load the tokenizer.
+        GoTemplateError: a Go that does not work.
+    """
+    around = server.tokenize("", parse_special=True, add_special=True)
+    trained = dict(zip(PROBES, tokens_for_training(tokenizer, [*PROBES.values()]), strict=True))
+    # llama.cpp gives a template the date of the day, transformers none, and some then write a fixed one.
+    today = time.strftime("%d %b %Y")
+    dated = dict(zip(PROBES, tokens_for_training(tokenizer, [*PROBES.values()], date_string=today), strict=True))
+    taken = [name for name, tokens in trained.items() if tokens is not None]
+    served = {name: _tokens(server, _or_none(lambda name=name: server.render(PROBES[name]))) for name in taken}
+    found = [first_difference(name, {TRAINED: dated[name] or [], SERVED: served[name]}) for name in taken]
+    refuse_differences([each for each in found if each], texts=weights.tokenizer("tokens"))
+
+    chat_format, template, reason, go = None, None, None, find_go()
+    try:
+        chat_format = recognize(render_of(weights, without_bos=bool(around)), PROBES)
+        template = go_template(chat_format)
+        written = _by_template(chat_format, template, taken, go)
+        if unlike := [name for name in taken if _tokens(server, written[name]) != trained[name]]:
+            raise FormatError(f"TEMPLATE would have {unlike[0]} read as other tokens")
+    except FormatError as error:
+        template, reason = None, str(error)
+    return Chat(
+        template=template,
+        reason=reason,
+        stops=_stops(weights, chat_format, begins=around),
+        refuses_system="a system message" not in taken,
+        report={
+            "conversations": {name: _summary(trained[name]) for name in PROBES},
+            "served_with_the_date_of_the_day": dated != trained,
+            "template": {"written": template is not None, "reason": reason, "rendered_by_go": bool(template and go)},
+            "beyond_template": _beyond(weights, server, template, go, without_bos=bool(around)),
+        },
+    )
+
+
+def _stops(weights: GgufFile, found: ChatFormat | None, *, begins: Sequence[int]) -> list[str]:
+    texts, kinds = weights.tokenizer("tokens"), weights.tokenizer("token_type", [])
+    special = {number: texts[number] for number, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)}
+    ends = [weights.tokenizer(f"{name}_token_id") for name in END_TOKENS]
+    return stop_texts(found, special=special, ends=[number for number in [*ends, *begins] if number is not None])
+
+
+def _tokens(server: LlamaServer, text: str | None) -> list[int]:
+    return [] if text is None else server.tokenize(text, parse_special=True, add_special=True)
+
+
+def _or_none(render: Callable[[], str]) -> str | None:
+    """What is rendered; None if the template refuses."""
+    try:
+        return render()
+    except (ServerRefusal, TemplateRefusal):
+        return None
+
+
+def _by_template(found: ChatFormat, template: str, names: Sequence[str], go: Path | None) -> Mapping[str, str]:
+    """Conversations by Ollama's TEMPLATE: by Go, or where there is none by the texts that it was made from."""
+    if go is None:
+        return {name: found.render(PROBES[name]) for name in names}
+    return dict(zip(names, render_by_go([(template, PROBES[name]) for name in names], go=go), strict=True))
+
+
+def _summary(tokens: list[int] | None) -> dict[str, Any]:
+    return {"refused": True} if tokens is None else {"tokens": len(tokens)}
+
+
+def _beyond(
+    weights: GgufFile, server: LlamaServer, template: str | None, go: Path | None, *, without_bos: bool
+) -> dict[str, dict[str, str | None] | str]:
+    """
+    What the engines make of conversations that a TEMPLATE cannot say as some chat templates do.
+
+    Returns:
+        By conversation and engine the text, null for a refusal; one text where they all write the same.
+    """
+    by_go: Sequence[str | None] = [None] * len(BEYOND)
+    if template and go:
+        by_go = render_by_go([(template, conversation) for conversation in BEYOND.values()], go=go)
+
+    def by_transformers(conversation: Conversation) -> str | None:
+        try:
+            return _or_none(lambda: render_of(weights, without_bos=without_bos)(conversation))
+        except FormatError:  # the date of the day
+            return None
+
+    found: dict[str, dict[str, str | None] | str] = {}
+    for (name, conversation), text in zip(BEYOND.items(), by_go, strict=True):
+        served = _or_none(lambda conversation=conversation: server.render(conversation))
+        texts = {TRAINED: by_transformers(conversation), SERVED: served}
+        if template and go:
+            texts[TEMPLATE] = text
+        found[name] = served if served is not None and set(texts.values()) == {served} else texts
+    return found
