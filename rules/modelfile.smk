@@ -32,12 +32,14 @@ rule render_modelfile:
         tokenizer=base_folder,
         system=lambda w: (shlex.join([f"--system={text}"]) if (text := spec(w.model).ollama.system) is not None else ""),
         llama_cpp=llama_cpp_options(),
+        messages=lambda w: json.dumps([dict(each) for each in spec(w.model).ollama.messages], ensure_ascii=False),
         parameters=lambda w: json.dumps(dict(spec(w.model).ollama.parameters), ensure_ascii=False, sort_keys=True),
     shell:
         "{params.python} {params.script:q}"
         " --gguf {input.gguf:q}"
         " --tokenizer {params.tokenizer:q}"
         " {params.system}"
+        " --messages {params.messages:q}"
         " --parameters {params.parameters:q}"
         " --output {output.modelfile:q}"
         " --report {output.report:q}"

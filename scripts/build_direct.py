@@ -24,7 +24,7 @@ from lib.manifest import write_file_manifest
 from lib.merge import Overflows, demand_device
 from lib.merge_inputs import add_merge_inputs, read_merge
 from lib.options import add_settings
-from lib.outputs import finished_file, scratch_folder
+from lib.outputs import finished_file, only_writer, scratch_folder
 from lib.provenance import gguf_metadata
 from lib.quant_types import QUANTIZED_TYPES, source_type
 from lib.quantize_options import add_quantize_options, tensor_types_from
@@ -158,7 +158,9 @@ def build_staged(build: Build) -> None:
     scripts of the steps raise.
     """
     outtype = source_type(build.dtype)
-    with scratch_folder(build.first.with_name(f".{build.first.name}.staged")) as folder:
+    scratch = build.first.with_name(f".{build.first.name}.staged")
+    # Not the output's own lock, which quantize_gguf takes.
+    with only_writer(scratch), scratch_folder(scratch) as folder:
         checkpoint, manifest, source = build.base, build.base_manifest, folder / f"source.{outtype}.gguf"
         if build.artifact == "merged":
             checkpoint, manifest = folder / "merged", None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.chat import understand_chat
 from lib.chat_jinja import chat_template_of
-from lib.chat_parity import PROBES
 from lib.cli import run_script, script_parser
 from lib.config import definition
 from lib.console import say
@@ -17,10 +17,11 @@ from lib.gguf_file import read_gguf
 from lib.jsonfile import write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.llama_server import serving
-from lib.modelfile import ModelfileError, render_modelfile
+from lib.modelfile import FENCE, ModelfileError, dropped, kept, render_modelfile
 from lib.options import add_json_setting
 from lib.outputs import finished_file
 
+LICENSE = re.compile(r"licen[cs]e(\.txt|\.md)?", re.IGNORECASE)
 CONTEXT = 512  # tokens; nothing is answered
 
 
@@ -29,6 +30,7 @@ def write_modelfile(
     gguf: Path,
     tokenizer: Path,
     system: str | None,
+    messages: Sequence[Mapping[str, str]],
     parameters: Mapping[str, Any],
     output: Path,
     report: Path,
@@ -41,7 +43,7 @@ def write_modelfile(
     Args:
         gguf: the weights, in the folder of `output`.
         tokenizer: folder of the checkpoint whose tokenizer the model was trained with.
-        system, parameters: see lib.modelfile.render_modelfile.
+        system, messages, parameters: see lib.modelfile.render_modelfile.
         report: JSON file.
 
     Raises:
@@ -50,22 +52,47 @@ def write_modelfile(
     """
     if gguf.resolve().parent != output.resolve().parent:
         raise ModelfileError(f"{output} has to lie beside {gguf}, so that both can be moved together")
+    if dropped(gguf.name) or gguf.name != gguf.name.strip(' "'):
+        raise ModelfileError(f"{gguf}: Ollama would look for a file of another name; rename it")
     weights = read_gguf(gguf)
     if chat_template_of(weights) is None:
         raise ModelfileError(f"{gguf} has no chat template: nobody could talk to it as it was trained")
     program = llama_cpp.tool("llama-server")
     with serving(gguf, program=program, threads=threads, context=CONTEXT, answering=False) as server:
-        chat = understand_chat(weights, server, tokenizer=tokenizer)
+        chat = understand_chat(weights, server, tokenizer=tokenizer, system=None if system is None else kept(system))
     if chat.refuses_system and system is not None:
         raise ModelfileError("ollama.system: the model's chat template refuses a system message; leave it out")
+    told = [("ollama.system", system or ""), *(("ollama.messages", each["content"]) for each in messages)]
+    for name, said in told:
+        if lost := dropped(said):
+            say(f"{name}: Ollama drops {lost} from a Modelfile; spaces among them are plain ones there: {said[:60]!r}")
     text = render_modelfile(
-        gguf_name=gguf.name, template=chat.template, system=system, parameters=parameters, stops=chat.stops
+        gguf_name=gguf.name,
+        template=chat.template,
+        system=system,
+        messages=messages,
+        parameters=parameters,
+        stops=chat.stops,
+        license_text=_license_of(tokenizer),
     )
     with finished_file(output) as partial:
         partial.write_text(text, encoding="utf-8")
     write_json(report, chat.report)
     served = "so they are by its TEMPLATE" if chat.template else f"there is no TEMPLATE, since {chat.reason}"
-    say(f"wrote {output}: {len(PROBES)} kinds of conversations are served as trained; {served}")
+    tried = sum("tokens" in each for each in chat.report["conversations"].values())
+    say(f"wrote {output}: {tried} kinds of conversations are served as trained; {served}")
+
+
+def _license_of(checkpoint: Path) -> str | None:
+    """The text of a checkpoint's licence; None if there is none, or one that a Modelfile cannot hold."""
+    found = sorted(path for path in checkpoint.iterdir() if LICENSE.fullmatch(path.name) and path.is_file())
+    if not found:
+        return None
+    text = kept(found[0].read_text(encoding="utf-8", errors="replace")).strip()
+    if FENCE in text or text.endswith('"'):
+        say(f"{found[0]} is left out: a Modelfile cannot hold a text with {FENCE} in it, or with a quote at its end")
+        return None
+    return text or None
 
 
 def main() -> None:
@@ -78,7 +105,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the Modelfile, beside the weights")
     parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="JSON on how conversations are read")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    add_json_setting(parser, "parameters", definition("ollama")["properties"]["parameters"])
+    for name in ("messages", "parameters"):
+        add_json_setting(parser, name, definition("ollama")["properties"][name])
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:
@@ -86,6 +114,7 @@ def main() -> None:
             gguf=arguments.gguf,
             tokenizer=arguments.tokenizer,
             system=arguments.system,
+            messages=arguments.messages,
             parameters=arguments.parameters,
             output=arguments.output,
             report=arguments.report,

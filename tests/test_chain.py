@@ -125,6 +125,7 @@ def test_modelfile(built: Path) -> None:
         ("FROM", "./tiny.q4_k_m.gguf"),
         ("PARAMETER temperature", "0.5"),
         ("PARAMETER stop", "<|im_end|>"),
+        ("PARAMETER stop", "<s>"),
         ("PARAMETER stop", "<|im_start|>"),
         ("PARAMETER stop", "END"),
         ("SYSTEM", "答えは短く。"),

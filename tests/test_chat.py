@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from convert_gguf import convert_gguf
 from real_tokenizers import R1_DISTILL_QWEN, write_tokenizer
 from render_modelfile import write_modelfile
@@ -19,6 +22,7 @@ from tiny_gguf import imported
 from lib.chat_jinja import tokens_for_training
 from lib.chat_parity import PROBES, ParityError, first_difference
 from lib.llama_cpp import LlamaCpp
+from lib.loading import BaseModelError
 from lib.modelfile import ModelfileError
 
 pytest_plugins = ["chat_templates"]
@@ -34,6 +38,7 @@ def rendered(
         gguf=gguf,
         tokenizer=tokenizer,
         system=system,
+        messages=[],
         parameters={},
         output=output,
         report=report,
@@ -81,6 +86,24 @@ def test_r1_distill_is_talked_to_as_it_was_trained(r1: Path, llama_cpp: LlamaCpp
     assert "<think>" in texts["Ollama's TEMPLATE"]
 
 
+def test_the_script_tells_of_what_it_changes_and_leaves_out(r1: Path) -> None:
+    licence = r1 / "checkpoint/LICENSE"
+    command = [sys.executable, ROOT / "scripts/render_modelfile.py", "--gguf", r1 / "r1.f16.gguf"]
+    command += ["--tokenizer", r1 / "checkpoint", "--output", r1 / "x.Modelfile", "--report", r1 / "x.json"]
+    command += ["--system", "答えは\u3000短く。", "--messages", '[{"role": "user", "content": "はい\u3000か"}]']
+    for text, holds in (("MIT License\n\fas is\n", True), ('say """', False)):
+        licence.write_text(text)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "ollama.system: Ollama drops U+3000 from a Modelfile" in done.stderr
+        assert "ollama.messages: Ollama drops U+3000 from a Modelfile" in done.stderr
+        assert ("LICENSE is left out: a Modelfile cannot hold" in done.stderr) != holds
+        statements = read((r1 / "x.Modelfile").read_text(encoding="utf-8"))
+        assert ("SYSTEM", "答えは 短く。") in statements and ("MESSAGE user", "はい か") in statements
+        assert (("LICENSE", "MIT License\n as is") in statements) == holds
+    licence.unlink()
+
+
 def test_bos_stands_at_the_beginning_alone(r1: Path) -> None:
     bos = 151646
     for tokens in tokens_for_training(r1 / "checkpoint", [*PROBES.values()]):
@@ -118,6 +141,26 @@ def test_a_tokenizer_with_another_template_is_refused(make_gguf: Callable[..., P
         rendered(gguf, checkpoint, llama_cpp)
     assert "one turn: at token" in str(caught.value)
     assert not gguf.with_suffix(".Modelfile").exists()
+
+
+def test_a_tokenizer_without_a_template_is_refused(make_gguf: Callable[..., Path], llama_cpp: LlamaCpp) -> None:
+    gguf = make_gguf()
+    checkpoint = imported(gguf)
+    (checkpoint / "chat_template.jinja").unlink()
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BaseModelError, match="cannot load its tokenizer .*chat_template is not set"):
+        rendered(gguf, checkpoint, llama_cpp)
+
+
+def test_a_system_prompt_that_the_template_trims(
+    published: dict[str, str], make_gguf: Callable[..., Path], llama_cpp: LlamaCpp
+) -> None:
+    gguf = make_gguf(template=published[FAMILIES["Llama 3"]])
+    statements, _, report = rendered(gguf, imported(gguf), llama_cpp, system="Be brief.\n")
+    assert "TEMPLATE" not in statements
+    assert "of the system prompt it writes more" in report["template"]["reason"]
 
 
 def test_a_system_prompt_that_the_template_refuses(

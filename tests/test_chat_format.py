@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lib import ollama_template
 from lib.chat_format import (
     ChatFormat,
     FormatError,
@@ -19,7 +20,7 @@ from lib.chat_format import (
     stop_texts,
 )
 from lib.chat_jinja import render_of
-from lib.chat_parity import PROBES
+from lib.chat_parity import BEYOND, PROBES
 from lib.ollama_template import GoTemplateError, find_go, render_by_go
 
 pytest_plugins = ["chat_templates"]
@@ -136,6 +137,15 @@ def test_a_template_that_refuses_system_messages() -> None:
     assert recognize(renderer(refusing), PROBES).system is None
 
 
+@pytest.mark.parametrize("family", ["Mistral", "ChatML with a default"])
+def test_go_writes_what_the_format_says_of_odd_conversations_too(
+    family: str, published: dict[str, str], go: Path
+) -> None:
+    found = recognize(renderer(published[FAMILIES[family]]), PROBES)
+    odd = [said for name, said in BEYOND.items() if name != "two questions in a row"]  # which Ollama makes one of
+    assert render_by_go([(go_template(found), said) for said in odd], go=go) == [found.render(said) for said in odd]
+
+
 def test_braces_are_written_as_they_are(go: Path) -> None:
     found = ChatFormat("{{ if }}", "}} {{{", '""', "{{", ("{{.System}}", " -}}"), None)
     texts = render_by_go([(go_template(found), conversation) for conversation in PROBES.values()], go=go)
@@ -145,6 +155,8 @@ def test_braces_are_written_as_they_are(go: Path) -> None:
 def test_what_ollama_drops_is_refused() -> None:
     with pytest.raises(FormatError, match=r"U\+3000, which Ollama drops"):
         go_template(ChatFormat("\u3000", "", "", "", None, None))
+    with pytest.raises(FormatError, match="which no Modelfile can"):
+        go_template(ChatFormat('"""', "", "", "", None, None))
 
 
 def test_a_mistake_in_a_template_is_told(go: Path) -> None:
@@ -152,15 +164,26 @@ def test_a_mistake_in_a_template_is_told(go: Path) -> None:
         render_by_go([("{{ .Messages", PROBES["one turn"])], go=go)
 
 
-def test_a_go_that_does_not_work_is_told(tmp_path: Path) -> None:
+def test_a_go_that_does_not_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GoTemplateError, match="cannot be started"):
         render_by_go([("", PROBES["one turn"])], go=tmp_path / "go")
     with pytest.raises(GoTemplateError, match="ended with status 1"):
         render_by_go([("", PROBES["one turn"])], go=Path("/bin/false"))
+    said: list[str] = []
+    monkeypatch.setattr(ollama_template, "say", said.append)
+    monkeypatch.setattr(ollama_template, "find_go", lambda: Path("/bin/false"))
+    assert ollama_template.working_go() is None
+    assert said == ["TEMPLATE is not tried by Go: /bin/false ended with status 1: "]
+
+
+def test_go_runs_whatever_it_would_build_for(monkeypatch: pytest.MonkeyPatch, go: Path) -> None:
+    monkeypatch.setenv("GOOS", "windows")
+    monkeypatch.setenv("GOFLAGS", "-mod=vendor")
+    assert ollama_template.working_go() == go
 
 
 def test_stops_are_the_marks_that_are_written() -> None:
     found = ChatFormat("<u>", "<e><a>", "<e><u>", "<e><a><think>\n", None, None)
-    special = {0: "<bos>", 1: "<e>", 2: "<u>", 3: "<a>", 4: "<think>", 5: "<tool>", 6: "<eot>"}
+    special = {0: "<bos>", 1: "<e>", 2: "<u>", 3: "<a>", 4: "<think>", 5: "<tool>", 6: "<eot>", 7: "\n", 8: "e"}
     assert stop_texts(found, special=special, ends=[1, 6]) == ["<e>", "<eot>", "<u>", "<a>"]
     assert stop_texts(None, special=special, ends=[6, 9]) == ["<eot>"]

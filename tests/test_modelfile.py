@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from lib.modelfile import ModelfileError, named_weights, render_modelfile
+from lib.modelfile import ModelfileError, dropped, kept, named_weights, render_modelfile
 
 STATEMENT = re.compile(
-    r'(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) ("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n', re.S
+    r"(FROM|TEMPLATE|SYSTEM|LICENSE|PARAMETER \w+|MESSAGE \w+) "
+    r'("""(?P<fenced>.*?)"""|"(?P<quoted>[^"]*)"|(?P<bare>[^"\n]*))\n',
+    re.S,
 )
 
 
@@ -40,9 +42,17 @@ def render(
     parameters: dict[str, Any] | None = None,
     stops: tuple[str, ...] = (),
     template: str | None = None,
+    messages: tuple[dict[str, str], ...] = (),
+    license_text: str | None = None,
 ) -> str:
     return render_modelfile(
-        gguf_name="m.q4_k_m.gguf", template=template, system=system, parameters=parameters or {}, stops=list(stops)
+        gguf_name="m.q4_k_m.gguf",
+        template=template,
+        system=system,
+        messages=messages,
+        parameters=parameters or {},
+        stops=list(stops),
+        license_text=license_text,
     )
 
 
@@ -52,6 +62,8 @@ def test_a_whole_modelfile() -> None:
         parameters={"temperature": 0.6, "num_ctx": 8192, "stop": ["END"]},
         stops=("<|im_end|>",),
         template='{{ if eq .Role "user" }}\n{{ end }}',
+        messages=({"role": "user", "content": "Hi"}, {"role": "assistant", "content": 'Say "yes".'}),
+        license_text="Apache License\nVersion 2.0",
     )
     assert text == (
         "FROM ./m.q4_k_m.gguf\n"
@@ -61,6 +73,9 @@ def test_a_whole_modelfile() -> None:
         'PARAMETER stop "<|im_end|>"\n'
         'PARAMETER stop "END"\n'
         'SYSTEM "You answer briefly."\n'
+        'MESSAGE user "Hi"\n'
+        'MESSAGE assistant """Say "yes"."""\n'
+        'LICENSE """Apache License\nVersion 2.0"""\n'
     )
 
 
@@ -96,17 +111,34 @@ def test_the_least() -> None:
     ],
 )
 def test_a_text_arrives_as_it_is_or_is_refused(text: str) -> None:
-    """Never changed in silence."""
+    """Never changed in silence: the script tells of what `kept` changes."""
     for where in ("system", "stop"):
         settings = {"system": text} if where == "system" else {"parameters": {"stop": [text]}}
         try:
             rendered = render(**settings)
         except ModelfileError as error:
             assert f"ollama.{'system' if where == 'system' else 'parameters.stop'}" in str(error)
-            assert '"' in text or not text.isprintable(), "refused without need"
+            assert '"' in text or (where == "stop" and not text.isprintable()), "refused without need"
             continue
         command = "SYSTEM" if where == "system" else "PARAMETER stop"
-        assert read(rendered) == [("FROM", "./m.q4_k_m.gguf"), (command, text)]
+        assert read(rendered) == [("FROM", "./m.q4_k_m.gguf"), (command, kept(text))]
+        assert kept(text) == text or where == "system"
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "told"),
+    [
+        ("答えは\u3000短く。\n", "答えは 短く。\n", "U+3000"),
+        ("no\u00a0break, thin\u2009space", "no break, thin space", "U+00A0, U+2009"),
+        ("👩\u200d🔬\ufeff", "👩🔬", "U+200D, U+FEFF"),
+        ("a\fb\x00c", "a bc", "U+0000, U+000C"),
+        ("tab\tand\r\nlines", "tab\tand\r\nlines", ""),
+    ],
+)
+def test_what_ollama_would_drop(text: str, left: str, told: str) -> None:
+    assert (kept(text), dropped(text)) == (left, told)
+    assert read(render(system=text))[1:] == [("SYSTEM", left)]
+    assert read(render(messages=({"role": "user", "content": text},)))[1:] == [("MESSAGE user", left)]
 
 
 @pytest.mark.parametrize("text", ['a """ b', 'ends with "', '"""', '"'])

@@ -95,7 +95,15 @@ def write_chain(folder: Path) -> Path:
         key: value for key, value in read_file_manifest(folder / F16).items() if key in ("name", "sha256", "origin")
     }
     list_gguf(folder / Q4, origin={"source": source, "llama_cpp": LLAMA_CPP, "type": "q4_k_m"})
-    text = render_modelfile(gguf_name=Path(Q4).name, template=None, system=None, parameters={}, stops=[])
+    text = render_modelfile(
+        gguf_name=Path(Q4).name,
+        template=None,
+        system=None,
+        messages=[],
+        parameters={},
+        stops=[],
+        license_text=None,
+    )
     (folder / "models/m.Modelfile").write_text(text)
     return folder
 

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from lib.chat_format import ChatFormat, Conversation, FormatError, TemplateRefusal, go_template, recognize, stop_texts
-from lib.chat_jinja import render_of, tokens_for_training
-from lib.chat_parity import BEYOND, PROBES, SERVED, TEMPLATE, TRAINED, first_difference, refuse_differences
+from lib.chat_jinja import chat_template_of, render_of, tokens_for_training
+from lib.chat_parity import (
+    BEYOND,
+    PROBES,
+    SERVED,
+    TEMPLATE,
+    TRAINED,
+    ParityError,
+    asked,
+    first_difference,
+    refuse_differences,
+)
 from lib.gguf_file import GgufFile
 from lib.llama_server import LlamaServer, ServerRefusal
-from lib.ollama_template import find_go, render_by_go
+from lib.ollama_template import render_by_go, working_go
 
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are no text of their own
+OWN = "the system prompt"
+DATE = "date_string"  # a variable of templates, Llama 3's first
 END_TOKENS = ("eos", "eot", "eom")
 
 
@@ -37,7 +49,7 @@ class Chat:
     report: dict[str, Any]
 
 
-def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path) -> Chat:
+def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path, system: str | None) -> Chat:
     """
     Read the probe conversations with every engine there is.
 
@@ -45,28 +57,35 @@ def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path) 
         weights: of a GGUF file with a chat template.
         server: that has it loaded.
         tokenizer: folder of the checkpoint whose tokenizer the model was trained with.
+        system: the system prompt that is to be used, for a probe of its own.
 
     Raises:
         ParityError: llama.cpp reads a conversation otherwise than transformers.
         BaseModelError: transformers cannot load the tokenizer.
-        GoTemplateError: a Go that does not work.
+        GoTemplateError: Go does not take the TEMPLATE.
     """
     around = server.tokenize("", parse_special=True, add_special=True)
-    trained = dict(zip(PROBES, tokens_for_training(tokenizer, [*PROBES.values()]), strict=True))
-    # llama.cpp gives a template the date of the day, transformers none, and some then write a fixed one.
-    today = time.strftime("%d %b %Y")
-    dated = dict(zip(PROBES, tokens_for_training(tokenizer, [*PROBES.values()], date_string=today), strict=True))
-    taken = [name for name, tokens in trained.items() if tokens is not None]
-    served = {name: _tokens(server, _or_none(lambda name=name: server.render(PROBES[name]))) for name in taken}
-    found = [first_difference(name, {TRAINED: dated[name] or [], SERVED: served[name]}) for name in taken]
+    without_bos = weights.tokenizer("bos_token_id") in around
+    probes = {**PROBES, **({} if system is None else {OWN: asked(system)})}
+    read = dict(zip(probes, tokens_for_training(tokenizer, [*probes.values()]), strict=True))
+    trained = {name: tokens for name, tokens in read.items() if tokens is not None}
+    if not trained:
+        raise ParityError("the chat template refuses every conversation that was tried, even a single question")
+    dated = trained
+    if DATE in (chat_template_of(weights) or ""):
+        # llama.cpp gives a template the date of the day, transformers none, and some then write a fixed one.
+        today = tokens_for_training(tokenizer, [probes[name] for name in trained], **{DATE: time.strftime("%d %b %Y")})
+        dated = {name: tokens or [] for name, tokens in zip(trained, today, strict=True)}
+    served = {name: _tokens(server, _or_none(lambda name=name: server.render(probes[name]))) for name in trained}
+    found = [first_difference(name, {TRAINED: dated[name], SERVED: served[name]}) for name in trained]
     refuse_differences([each for each in found if each], texts=weights.tokenizer("tokens"))
 
-    chat_format, template, reason, go = None, None, None, find_go()
+    chat_format, template, reason, go = None, None, None, working_go()
     try:
-        chat_format = recognize(render_of(weights, without_bos=bool(around)), PROBES)
+        chat_format = recognize(render_of(weights, without_bos=without_bos), probes)
         template = go_template(chat_format)
-        written = _by_template(chat_format, template, taken, go)
-        if unlike := [name for name in taken if _tokens(server, written[name]) != trained[name]]:
+        written = _by_template(chat_format, template, {name: probes[name] for name in trained}, go)
+        if unlike := [name for name in trained if _tokens(server, written[name]) != trained[name]]:
             raise FormatError(f"TEMPLATE would have {unlike[0]} read as other tokens")
     except FormatError as error:
         template, reason = None, str(error)
@@ -74,12 +93,12 @@ def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path) 
         template=template,
         reason=reason,
         stops=_stops(weights, chat_format, begins=around),
-        refuses_system="a system message" not in taken,
+        refuses_system="a system message" not in trained,
         report={
-            "conversations": {name: _summary(trained[name]) for name in PROBES},
+            "conversations": {name: _summary(tokens) for name, tokens in read.items()},
             "served_with_the_date_of_the_day": dated != trained,
             "template": {"written": template is not None, "reason": reason, "rendered_by_go": bool(template and go)},
-            "beyond_template": _beyond(weights, server, template, go, without_bos=bool(around)),
+            "beyond_template": _beyond(weights, server, template, go, without_bos=without_bos),
         },
     )
 
@@ -103,11 +122,13 @@ def _or_none(render: Callable[[], str]) -> str | None:
         return None
 
 
-def _by_template(found: ChatFormat, template: str, names: Sequence[str], go: Path | None) -> Mapping[str, str]:
+def _by_template(
+    found: ChatFormat, template: str, probes: Mapping[str, Conversation], go: Path | None
+) -> Mapping[str, str]:
     """Conversations by Ollama's TEMPLATE: by Go, or where there is none by the texts that it was made from."""
     if go is None:
-        return {name: found.render(PROBES[name]) for name in names}
-    return dict(zip(names, render_by_go([(template, PROBES[name]) for name in names], go=go), strict=True))
+        return {name: found.render(conversation) for name, conversation in probes.items()}
+    return dict(zip(probes, render_by_go([(template, each) for each in probes.values()], go=go), strict=True))
 
 
 def _summary(tokens: list[int] | None) -> dict[str, Any]:
@@ -121,7 +142,8 @@ def _beyond(
     What the engines make of conversations that a TEMPLATE cannot say as some chat templates do.
 
     Returns:
-        By conversation and engine the text, null for a refusal; one text where they all write the same.
+        By conversation and engine the text, one text where they all write the same; null for a refusal, and by
+        transformers for a template that writes the date of the day.
     """
     by_go: Sequence[str | None] = [None] * len(BEYOND)
     if template and go:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lib.errors import ModelmillError
+from lib.modelfile import FENCE, dropped
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
@@ -30,8 +31,15 @@ SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD = (
 )
 
 
-# An answer may begin with it, or hold it.
-REASONING = re.compile(r"\W*/?\w*think\w*\W*")
+# A special token that marks a turn, and not one for line breaks or the like, nor one that an answer may hold.
+MARK = re.compile(r"(?!\W*/?\w*think)[<\[|].*[>\]|]")
+
+
+# Whether no message of the user or the assistant comes behind; Go's templates cannot count.
+LAST = (
+    "{{ $last := true }}{{ $self := true }}{{ range slice $.Messages $place }}"
+    '{{ if $self }}{{ $self = false }}{{ else if ne .Role "system" }}{{ $last = false }}{{ end }}{{ end }}'
+)
 
 
 class TemplateRefusal(ModelmillError):
@@ -179,21 +187,26 @@ def go_template(found: ChatFormat) -> str:
     Raises:
         FormatError: a text holds what Ollama drops from a Modelfile.
     """
-    if lost := sorted({f"U+{ord(each):04X}" for text in found.texts for each in text if _is_lost(each)}):
-        raise FormatError(f"its texts hold {', '.join(lost)}, which Ollama drops from a Modelfile")
+    texts = "".join(found.texts)
+    if lost := dropped(texts):
+        raise FormatError(f"its texts hold {lost}, which Ollama drops from a Modelfile")
+    if FENCE in texts:
+        raise FormatError(f"its texts hold {FENCE}, which no Modelfile can")
     first, later = _literal(found.opening), _literal(found.turn)
     if found.system:
         first = _if("and $last $.System" if found.system_turn else "$.System", _system(found.system), first)
     if found.system_turn:
         later = _if("and $last $.System", _system(found.system_turn), later)
     text = "{{ $message.Content }}{{ $begun = true }}"
-    user = _if("$begun", later, first) + text + _if("$last", _literal(found.generation))
+    user = _if("$begun", later, first) + text
     return (
-        "{{ $begun := false }}{{ range $place, $message := .Messages }}"
-        "{{ $last := eq (len (slice $.Messages $place)) 1 }}"
+        '{{ $begun := false }}{{ $role := "" }}{{ range $place, $message := .Messages }}'
+        + (LAST if found.system_turn else "")
+        + '{{ if ne $message.Role "system" }}{{ $role = $message.Role }}{{ end }}'
         + _if('eq $message.Role "user"', user)
         + _if('eq $message.Role "assistant"', _literal(found.answer) + text)
         + "{{ end }}"
+        + _if('eq $role "user"', _literal(found.generation))
     )
 
 
@@ -211,10 +224,6 @@ def _literal(text: str) -> str:
     return re.sub(r"\{+", r'{{ "\g<0>" }}', text)
 
 
-def _is_lost(character: str) -> bool:
-    return not character.isprintable() and character not in "\t\n\r"
-
-
 def stop_texts(found: ChatFormat | None, *, special: Mapping[int, str], ends: Sequence[int]) -> list[str]:
     """
     What ends an answer: the tokenizer's own marks of an end, and the special tokens that the format writes.
@@ -225,5 +234,5 @@ def stop_texts(found: ChatFormat | None, *, special: Mapping[int, str], ends: Se
         ends: ids of those that end an answer or a turn, or begin a text.
     """
     written = "".join(found.texts) if found else ""
-    marks = [text for text in special.values() if text in written and not REASONING.fullmatch(text)]
+    marks = [text for text in special.values() if text in written and MARK.fullmatch(text)]
     return list(dict.fromkeys([*(special[number] for number in ends if number in special), *marks]))

@@ -67,12 +67,13 @@ def tokens_for_training(
         variables: of the template, beside the conversation.
 
     Raises:
-        BaseModelError: transformers cannot load it.
+        BaseModelError: transformers cannot load it, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
     with explain_loading("tokenizer", tokenizer):
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+        loaded.get_chat_template()
     read: list[list[int] | None] = []
     for conversation in conversations:
         turns = [dict(message) for message in conversation]

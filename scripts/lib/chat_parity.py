@@ -23,6 +23,13 @@ def _said(*turns: tuple[str, str]) -> Conversation:
 
 
 QUESTION, ANSWER = ("user", "What is 17 + 25?"), ("assistant", "It is 42.")
+
+
+def asked(system: str) -> Conversation:
+    """A question after a system message."""
+    return _said(("system", system), QUESTION)
+
+
 GUIDE = ("system", "Answer briefly. 簡潔に答えてください。")
 # What every engine has to read as the same tokens.
 PROBES: Mapping[str, Conversation] = {
@@ -40,6 +47,7 @@ PROBES: Mapping[str, Conversation] = {
 }
 # What no Go template can say, as the report tells of it.
 BEYOND: Mapping[str, Conversation] = {
+    "a system message at the end": _said(QUESTION, GUIDE),
     "two system messages": _said(GUIDE, ("system", "Be kind."), QUESTION),
     "a system message in the middle": _said(QUESTION, ANSWER, GUIDE, ("user", "And doubled?")),
     "two questions in a row": _said(QUESTION, ("user", "And doubled?")),

@@ -94,7 +94,7 @@ def serving(
         port = probe.getsockname()[1]
     command = [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--jinja"]
     command += ["--threads", str(threads), "--ctx-size", str(context), "--parallel", "1", "--no-webui", "--offline"]
-    command += [] if answering else ["--no-warmup", "--no-repack"]
+    command += [] if answering else ["--no-warmup", "--no-repack", "--n-gpu-layers", "0"]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

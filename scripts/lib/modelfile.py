@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lib.errors import ModelmillError
 
 FENCE = '"""'
+LINE_ENDS = "\t\n\r"
 
 
 class ModelfileError(ModelmillError):
@@ -15,7 +16,14 @@ class ModelfileError(ModelmillError):
 
 
 def render_modelfile(
-    *, gguf_name: str, template: str | None, system: str | None, parameters: Mapping[str, Any], stops: list[str]
+    *,
+    gguf_name: str,
+    template: str | None,
+    system: str | None,
+    messages: Sequence[Mapping[str, str]],
+    parameters: Mapping[str, Any],
+    stops: list[str],
+    license_text: str | None,
 ) -> str:
     """
     The text of a Modelfile.
@@ -23,9 +31,11 @@ def render_modelfile(
     Args:
         gguf_name: file name of the weights, beside the Modelfile.
         template: Ollama's TEMPLATE; without one it uses the chat template inside the GGUF.
-        system: system prompt.
+        system: system prompt, as `kept` leaves it.
+        messages: what was said before every conversation, each with role and content; likewise.
         parameters: Ollama's PARAMETERs; `stop` adds to `stops`.
         stops: texts that end an answer.
+        license_text: of the weights.
 
     Raises:
         ModelfileError: a text that the grammar cannot hold.
@@ -35,8 +45,22 @@ def render_modelfile(
         lines.append(f"TEMPLATE {_quoted(template, where='TEMPLATE')}")
     lines += _parameter_lines(parameters, stops)
     if system is not None:
-        lines.append(f"SYSTEM {_quoted(system, where='ollama.system')}")
+        lines.append(f"SYSTEM {_quoted(kept(system), where='ollama.system')}")
+    for message in messages:
+        lines.append(f"MESSAGE {message['role']} {_quoted(kept(message['content']), where='ollama.messages')}")
+    if license_text is not None:
+        lines.append(f"LICENSE {_quoted(kept(license_text), where='the licence')}")
     return "\n".join(lines) + "\n"
+
+
+def kept(text: str) -> str:
+    """A text without what Ollama drops from a Modelfile: full-width spaces and their kin as plain ones, no others."""
+    return "".join(each if each.isprintable() or each in LINE_ENDS else " " if each.isspace() else "" for each in text)
+
+
+def dropped(text: str) -> str:
+    """The characters that `kept` does not leave as they are, for a message; empty where there are none."""
+    return ", ".join(sorted({f"U+{ord(each):04X}" for each in text if kept(each) != each}))
 
 
 def named_weights(text: str) -> str | None:
@@ -55,11 +79,8 @@ def _parameter_lines(parameters: Mapping[str, Any], stops: list[str]) -> Iterato
 
 def _quoted(text: str, *, where: str) -> str:
     """Plain quotes know no escapes, so a text with a quote or a line break stands between triple ones."""
-    lost = sorted({f"U+{ord(each):04X}" for each in text if not each.isprintable() and each not in "\t\n\r"})
-    if lost:
-        raise ModelfileError(
-            f"{where}: Ollama drops {', '.join(lost)} from a Modelfile: write it without: {text[:60]!r}"
-        )
+    if lost := dropped(text):
+        raise ModelfileError(f"{where}: Ollama drops {lost} from a Modelfile: write it without: {text[:60]!r}")
     if FENCE in text or text.endswith('"'):
         raise ModelfileError(f'{where}: a Modelfile cannot hold a text with """ in it or " at its end: {text[:60]!r}')
     return f"{FENCE}{text}{FENCE}" if '"' in text or "\n" in text else f'"{text}"'

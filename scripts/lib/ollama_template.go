@@ -1,7 +1,7 @@
 // Renders conversations by templates as Ollama does: Go's text/template over messages of which those of one role that
 // follow each other are one, and the system messages are put together as well.
 //
-// In: JSON, a list of {"template": text, "messages": [{"role": text, "content": text, "thinking": text}]}.
+// In: JSON, a list of {"template": text, "messages": [{"role": text, "content": text}]}.
 // Out: JSON, a list of {"text": text} or {"error": text}.
 package main
 
@@ -14,9 +14,8 @@ import (
 )
 
 type message struct {
-	Role     string `json:"role"`
-	Content  string `json:"content"`
-	Thinking string `json:"thinking"`
+	Role    string `json:"role"`
+	Content string `json:"content"`
 }
 
 type job struct {

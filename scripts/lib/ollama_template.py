@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.chat_format import Conversation
+from lib.console import say
 from lib.errors import ModelmillError
 from lib.toolchain import cache_folder
 
@@ -27,6 +28,18 @@ def find_go() -> Path | None:
     return None if found is None else Path(found)
 
 
+def working_go() -> Path | None:
+    """Go, if there is one that runs programs here; said if it does not."""
+    go = find_go()
+    if go is not None:
+        try:
+            render_by_go([], go=go)
+        except GoTemplateError as error:
+            say(f"TEMPLATE is not tried by Go: {error}")
+            return None
+    return go
+
+
 def render_by_go(jobs: Sequence[tuple[str, Conversation]], *, go: Path) -> list[str]:
     """
     What Ollama makes of conversations by TEMPLATEs.
@@ -40,7 +53,10 @@ def render_by_go(jobs: Sequence[tuple[str, Conversation]], *, go: Path) -> list[
     """
     told = [{"template": template, "messages": [dict(each) for each in said]} for template, said in jobs]
     offline = {"GOTOOLCHAIN": "local", "GOPROXY": "off", "GO111MODULE": "off", "CGO_ENABLED": "0"}
-    environment = {**os.environ, **offline, "GOCACHE": str(cache_folder() / "go")}
+    cache = cache_folder() / "go"
+    (cache / "tmp").mkdir(parents=True, exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GOOS", "GOARCH", "GOFLAGS")}
+    environment = {**inherited, **offline, "GOCACHE": str(cache), "GOTMPDIR": str(cache / "tmp")}
     try:
         done = subprocess.run(
             [go, "run", PROGRAM],

@@ -83,6 +83,7 @@ class Program:
         Wait for its end; the arguments and what is raised are those of `run_program`.
         """
         last: deque[str] = deque(maxlen=LAST_LINES)
+        self.tell("")
         try:
             for line in _lines(self._process, line_ends):
                 if not BAR.search(line):

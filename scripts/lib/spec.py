@@ -141,6 +141,7 @@ class Ollama:
     """What the Modelfile says beside the weights."""
 
     system: str | None
+    messages: tuple[Mapping[str, str], ...]
     parameters: Mapping[str, Any]
 
 
