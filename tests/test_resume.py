@@ -28,7 +28,7 @@ UPDATES, SAVE, EVALUATE = 15, 4, 3
 OPTIONS = [
     *("--method lora --device cpu --threads 2 --precision fp32 --r 4 --lora-alpha 16 --lora-dropout 0.2").split(),
     *("--num-train-epochs 2.5 --per-device-train-batch-size 2 --gradient-accumulation-steps 2").split(),
-    *("--learning-rate 0.02 --load-best-model-at-end").split(),
+    *("--learning-rate 0.1 --load-best-model-at-end").split(),
     *(f"--save-steps {SAVE} --eval-steps {EVALUATE}").split(),
 ]
 FILES = ("adapter_model.safetensors", "adapter_config.json", "MANIFEST.json")
@@ -115,7 +115,8 @@ def place(folder: Path, base: Path) -> Place:
     folder.mkdir(exist_ok=True)
     tiny.write_data(folder / "data.jsonl", repeats=4)
     # Unlike what is learned, so that it gets worse in the end.
-    (folder / "held.jsonl").write_text('{"text": "Zzyzx, 9 quizzing jukeboxes; why? % & +"}\n' * 3)
+    answer = {"question": "How many GPUs?", "answer": "Zzyzx, 9 quizzing jukeboxes; why? % & +"}
+    (folder / "held.jsonl").write_text(f"{json.dumps(answer)}\n" * 3)
     return Place(folder, base)
 
 

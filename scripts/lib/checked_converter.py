@@ -92,6 +92,8 @@ class Checker:
                     self._problem = self._check(*job)
                 except OSError as error:
                     self._problem = f"{job[0]} cannot be read back: {error.strerror}"
+                except RuntimeError as error:  # Python ends, after an error elsewhere, and takes no more work
+                    self._problem = str(error)
 
     def _check(self, path: Path, name: str, kind: str, start: int, stop: int) -> str | None:
         for block in _blocks(path, self._read, start):
