@@ -68,6 +68,7 @@ def by_go(template: str, names: Iterable[str], go: Path) -> dict[str, str]:
     return dict(zip(names, render_by_go([(template, PROBES[name]) for name in names], go=go), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_go_writes_what_the_chat_template_writes(family: str, published: dict[str, str], go: Path) -> None:
     render = renderer(published[FAMILIES[family]])
@@ -137,6 +138,7 @@ def test_a_template_that_refuses_system_messages() -> None:
     assert recognize(renderer(refusing), PROBES).system is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mistral", "ChatML with a default"])
 def test_go_writes_what_the_format_says_of_odd_conversations_too(
     family: str, published: dict[str, str], go: Path
