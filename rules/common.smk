@@ -1,7 +1,6 @@
 # Config, specs and input functions; no rules.
 import json
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,14 +19,17 @@ from lib import estimate
 from lib.errors import ModelmillError
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
+from lib.quantize_path import JOIN, QuantizePaths
 from lib.spec import resolve_project, resolved_methods
-from lib.targets import JOIN, explain_target, final_files, model_names, types_together, wrong_targets
+from lib.targets import explain_target, final_files, model_names, wrong_targets
 
 try:
     PROJECT = resolve_project(config)
 except ModelmillError as error:
     raise WorkflowError(str(error)) from None
 
+# Which files are asked for is not known yet when rules are read, but the words of the command line are.
+PATHS = QuantizePaths(PROJECT, sys.argv[1:])
 
 # Said in the plan; a job's own log says it as well.
 if workflow.output_settings.dryrun:
@@ -111,33 +113,12 @@ def llama_cpp_options():
     return shlex.join([*given, *(f"--llama-cpp-cmake-flag={flag}" for flag in chosen.cmake_flags)])
 
 
-def builds_directly(model):
-    """Whether a model's quantized files are made without merged checkpoint and 16-bit GGUF."""
-    chosen = spec(model)
-    if chosen.quantize.path != "auto":
-        return chosen.quantize.path == "direct"
-    if chosen.default_quant in SOURCE_TYPES:
-        return False
-    staged = [f"models/{model}/merged", f"models/{model}/merged/MANIFEST.json"]
-    staged += [f"models/{model}{base}.{kind}.gguf" for base in ("", ".base") for kind in SOURCE_TYPES]
-    # The targets are not known yet when rules are read, but the words of the command line are.
-    return not any(file in sys.argv or os.path.exists(file) for file in staged)
-
-
-def direct_passes(models):
-    """
-    The rules that build directly: one for a single type, and one for types that the command asks for together.
-
-    Each has a name, the types as they stand in its outputs, and the models and bases whose files it makes.
-    """
-    found = [SimpleNamespace(name="build_direct", quants=("{quant}",), models=models, base=r"(\.base)?")]
-    for (base, quants), asked in types_together(sys.argv[1:], PROJECT).items():
-        name = f"build_direct_{JOIN.join(quants)}{base.replace('.', '_')}"
-        if chosen := [model for model in asked if model in models]:
-            # Snakemake takes an empty constraint for none.
-            found.append(SimpleNamespace(name=name, quants=quants, models=chosen, base=f"({re.escape(base)})"))
-            workflow.ruleorder(name, "build_direct")
-    return found
+def direct_passes():
+    """The rules that build directly; those that make several types come first."""
+    passes = PATHS.passes()
+    for several in passes[1:]:
+        workflow.ruleorder(several.name, passes[0].name)
+    return passes
 
 
 def quants_of(wildcards, quants):
@@ -205,7 +186,7 @@ def quantize_source(wildcards):
 
 def imatrix_source(wildcards):
     """The file whose importance matrix is computed; on the direct path no 16-bit one is needed for it."""
-    if spec(wildcards.model).quantize.imatrix_source(directly=wildcards.model in DIRECT) == "q8_0":
+    if PATHS.imatrix_source(wildcards.model, wildcards.base) == "q8_0":
         return f"models/{wildcards.model}{wildcards.base}.q8_0.gguf"
     return quantize_source(wildcards)
 

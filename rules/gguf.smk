@@ -1,7 +1,5 @@
 # In: a merged checkpoint, or a base (`.base`); directly, base and adapter. Out: models/{model}{base}.{type}.gguf with
 # its manifest beside it. Several types that are built directly and asked for together are one job.
-DIRECT = [name for name in PROJECT.models if builds_directly(name)]
-STAGED = [name for name in PROJECT.models if name not in DIRECT]
 
 
 rule convert_gguf:
@@ -61,7 +59,7 @@ rule quantize_gguf:
     benchmark:
         "logs/{model}/quantize_gguf{base}.{quant}.jsonl"
     wildcard_constraints:
-        model=model_names(PROJECT, STAGED),
+        model=PATHS.staged_models(),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 8
@@ -89,7 +87,7 @@ rule quantize_gguf:
         " --log {log:q}"
 
 
-for PASS in direct_passes(DIRECT):
+for PASS in direct_passes():
 
     rule:
         name:
@@ -109,7 +107,7 @@ for PASS in direct_passes(DIRECT):
         benchmark:
             f"logs/{{model}}/build_direct{{base}}.{JOIN.join(PASS.quants)}.jsonl"
         wildcard_constraints:
-            model=model_names(PROJECT, PASS.models),
+            model=PASS.model,
             base=PASS.base,
         conda:
             "../envs/train.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lib.checkpoint import CheckpointError, checkpoint_files
+from lib.checkpoint import CheckpointError, checkpoint_files, rename_experts
 from lib.cli import UsageError, run_script, script_parser
 from lib.config import definition
 from lib.console import say
@@ -95,11 +95,13 @@ def _check_shape(folder: Path, shape: dict[str, Any] | None) -> None:
     Raises:
         CheckpointError: listing every size that differs.
     """
-    published = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    published = rename_experts(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
+    given = {"num_experts": None, **shape} if shape else {}
     wrong = [
-        f"  {key}: {value} in config.yaml, {published[key]} in the checkpoint"
-        for key, value in (shape or {}).items()
-        if value is not None and published.get(key) is not None and published[key] != value
+        f"  {key}: {value or 'none'} in config.yaml, {published[key]} in the checkpoint"
+        for key, value in given.items()
+        # A mixture of experts has to be known as one: it is some times larger, and built another way.
+        if (value is not None or key == "num_experts") and published.get(key) not in (None, value)
     ]
     if wrong:
         raise CheckpointError("\n".join(["base.shape does not describe this checkpoint; correct it:", *wrong]))

@@ -71,6 +71,9 @@ def test_types_that_are_asked_for_together_are_one_job(built: Path, tmp_path: Pa
     # Alone or together, it is the same file, and is built once.
     for targets in ([names[0]], [names[1]], names):
         assert planned_rules(run_snakemake(project, "-n", *targets, checkout=checkout)) == set()
+    # Nor is it built again when the 16-bit file is asked for later.
+    set_in_config("models", "tiny", "quantize", "path", value="auto")(project, checkout)
+    assert chosen_way(project, checkout, "models/tiny.f16.gguf", *names) == STAGED - {"quantize_gguf"}
     (project / names[0]).unlink()
     assert chosen_way(project, checkout, *names) == {"build_direct"}
     planned = run_snakemake(project, "-n", *names, checkout=checkout).stdout
@@ -83,6 +86,13 @@ def test_auto_goes_by_what_is_there_or_asked_for(built: Path, tmp_path: Path) ->
     target = "models/tiny.q5_k_m.gguf"
     set_in_config("models", "tiny", "quantize", "path", value="auto")(project, checkout)
     assert chosen_way(project, checkout, target) == {"quantize_gguf"}
+    # What is finished stays as it is without the copies that it was made of.
+    shutil.rmtree(project / "models/tiny/merged")
+    for copy in ("tiny.f16.gguf", "tiny.f16.gguf.json", "tiny.base.f16.gguf", "tiny.base.f16.gguf.json"):
+        (project / "models" / copy).unlink()
+    built_already = ("models/tiny.q4_k_m.gguf", "models/tiny.Modelfile", "reports/tiny.smoke.json")
+    assert planned_rules(run_snakemake(project, "-n", *built_already, checkout=checkout)) == set()
+    assert chosen_way(project, checkout, target) == {"build_direct"}
     shutil.rmtree(project / "models")
     assert chosen_way(project, checkout, target) == {"build_direct"}
     assert chosen_way(project, checkout, target, "models/tiny.f16.gguf") == STAGED

@@ -12,7 +12,7 @@ from tiny import SHAPE
 from tiny_adapter import write_constants
 
 from lib.spec import Project, resolve_project
-from lib.targets import explain_target, final_files, model_names, types_together, wrong_targets
+from lib.targets import explain_target, final_files, model_names, wrong_targets
 
 HUB = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 
@@ -198,46 +198,3 @@ def test_a_name_that_begins_like_another(workplace: Path) -> None:
     assert not is_wrong("models/a-b.q4_k_m.gguf", project)
     assert not is_wrong("models/a.q4_k_m.gguf", project)
     assert is_wrong("models/a-.q4_k_m.gguf", project)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["models/tuned.q4_k_m.gguf"], {}),
-        (["models/tuned.q8_0.gguf", "./models/tuned.q4_k_m.gguf", "-j1"], {("", ("q4_k_m", "q8_0")): ["tuned"]}),
-        (["models/tuned.q8_0.gguf", "models/tuned.base.q4_k_m.gguf", "models/plain.q4_k_m.gguf"], {}),
-        (
-            [f"models/{model}.{quant}.gguf" for model in ("plain.base", "silent.base") for quant in ("q4_0", "q5_0")],
-            {(".base", ("q4_0", "q5_0")): ["plain", "silent"]},
-        ),
-        (
-            ["models/tuned.q8_0.gguf", "models/tuned.f16.gguf", "models/tuned.iq1_s.gguf", "reports/tuned.q4_k_m.gguf"],
-            {},
-        ),
-        # Only of those that take the matrix: q8_0 is what it may be computed with.
-        (
-            [f"models/weighed.{quant}.gguf" for quant in ("q8_0", "iq1_s", "q4_k_m")],
-            {("", ("iq1_s", "q4_k_m")): ["weighed"]},
-        ),
-        # As Snakemake calls itself in a job on a cluster.
-        (
-            ["--target-jobs", "build_direct_q4_k_m_and_q8_0_base:model=tuned,base=.base"],
-            {(".base", ("q4_k_m", "q8_0")): ["tuned"]},
-        ),
-        (["--target-jobs", "build_direct:model=tuned,base=,quant=q8_0"], {}),
-    ],
-)
-def test_types_that_are_asked_for_together(
-    words: list[str], expected: dict[tuple[str, tuple[str, ...]], list[str]], project: Project
-) -> None:
-    assert types_together(words, project) == expected
-
-
-def test_what_is_there_is_not_built_with_what_is_missing(project: Project) -> None:
-    words = [f"models/tuned.{quant}.gguf" for quant in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")]
-    for there in words[:2]:
-        Path(there).write_text("")
-    assert types_together(words, project) == {
-        ("", ("q4_0", "q4_1")): ["tuned"],
-        ("", ("q5_0", "q5_1", "q8_0")): ["tuned"],
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,9 @@ def weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f"{folder / INDEX} is damaged: its weight_map does not map tensors to files")
     return found
+
+
+def rename_experts(published: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json in which the number of experts has the one name that `shape` has for it."""
+    counts = [published[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if published.get(key)]
+    return {**published, "num_experts": counts[0] if counts else None}

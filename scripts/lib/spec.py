@@ -13,6 +13,7 @@ from typing import Any
 
 from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
 from lib.calibration import size_problem
+from lib.checkpoint import rename_experts
 from lib.config import check_config, config_error, definition, suggest, with_defaults
 from lib.jsonfile import read_json
 from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES, source_type
@@ -54,13 +55,16 @@ class Shape:
     head_dim: int | None
     vocab_size: int
     tie_word_embeddings: bool
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
 
     @property
     def parameters(self) -> int:
         """Number of weights, biases and norms left out (below 0.1 %)."""
         head = self.head_dim or self.hidden_size // self.num_attention_heads
         attention = 2 * self.hidden_size * head * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        width = (self.num_experts or 1) * (self.moe_intermediate_size or self.intermediate_size)
+        layer = attention + 3 * self.hidden_size * width
         return self.num_hidden_layers * layer + self.embedding * (1 if self.tie_word_embeddings else 2)
 
     @property
@@ -253,6 +257,7 @@ def _read_shape(path: Path) -> dict[str, Any] | None:
     if not isinstance(published, dict):
         return None
     keys = definition("shape")["properties"]
+    published = rename_experts(published)
     shape = {key: published.get(key, rule.get("default")) for key, rule in keys.items()}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     shape["tie_word_embeddings"] = bool(shape["tie_word_embeddings"])

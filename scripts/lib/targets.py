@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 
 from lib.config import suggest
@@ -13,7 +12,6 @@ from lib.spec import Model, Project
 
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
 HEATMAP_ENDINGS = (".onnx", ".eval.json")
-JOIN = "_and_"  # between the types in the name of a rule that makes several
 TRAINING_ENDINGS = (".training.json", ".training.png")
 
 
@@ -26,48 +24,21 @@ def final_files(project: Project) -> list[str]:
     ]
 
 
-def model_names(project: Project, names: Collection[str] | None = None) -> str:
+def model_names(project: Project, names: Collection[str] | None = None, *, without: Iterable[str] = ()) -> str:
     """
     A regular expression for the models' names, or some of them, in paths of files that can be made.
 
     A type that needs an importance matrix can be made of models that have one alone; no constraint of the type's
     own wildcard can say so, but one of the name's, which looks ahead.
+
+    Args:
+        project: the resolved config.
+        names: of the models, if not all.
+        without: regular expressions for files of these that are left out, from the name on.
     """
     plain = [name for name, model in project.models.items() if model.quantize.imatrix is None]
     impossible = rf"({'|'.join(plain) or '(?!)'})(\.base)?\.({'|'.join(sorted(NEED_IMATRIX))})\."
-    return rf"(?!{impossible})({'|'.join(project.models if names is None else names) or '(?!)'})"
-
-
-def types_together(words: Iterable[str], project: Project) -> dict[tuple[str, tuple[str, ...]], list[str]]:
-    """
-    The quantized files of a model that a command asks for together, which one pass over its base can make.
-
-    What is there already does not go with what is missing, nor a type that takes the importance matrix with one that
-    does not.
-
-    Args:
-        words: of the command line: files, or in a job on a cluster its rule, whose name tells the types.
-
-    Returns:
-        The models, by ".base" or "" and the types.
-    """
-    asked: dict[tuple[str, str, bool, bool], set[str]] = defaultdict(set)
-    together: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    a_type = "|".join(QUANTIZED_TYPES)
-    file = re.compile(rf"models/(?P<model>{model_names(project)})(?P<base>(\.base)?)\.(?P<quant>{a_type})\.gguf")
-    job = re.compile(
-        rf"build_direct_(?P<types>({a_type})({JOIN}({a_type}))+)(_base)?:model=(?P<model>.+),base=(?P<base>.*)"
-    )
-    for word in words:
-        if named := job.fullmatch(word):
-            together[named["base"], tuple(named["types"].split(JOIN))].append(named["model"])
-        if named := file.fullmatch(os.path.normpath(word)):
-            uses_imatrix = project.models[named["model"]].quantize.uses_imatrix(named["quant"])
-            asked[named["model"], named["base"], os.path.exists(word), uses_imatrix].add(named["quant"])
-    for (model, base, *_), quants in asked.items():
-        if len(quants) > 1:
-            together[base, tuple(sorted(quants))].append(model)
-    return together
+    return rf"(?!{'|'.join([impossible, *without])})({'|'.join(project.models if names is None else names) or '(?!)'})"
 
 
 def wrong_targets(project: Project) -> str:
