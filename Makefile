@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/python -m snakemake
 # A process a core, of some 2 GB each; the tests of a file share what they build, and stay together.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup
-DEMO := models/demo.Modelfile models/demo.q4_k_m.gguf reports/demo.smoke.json
+DEMO := models/demo.Modelfile models/demo.q4_k_m.gguf reports/demo.smoke.json reports/demo.rag.json
 
 .PHONY: help demo test quick lint format lock clean clean-all
 

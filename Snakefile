@@ -29,6 +29,7 @@ include: "rules/merged.smk"
 include: "rules/gguf.smk"
 include: "rules/imatrix.smk"
 include: "rules/modelfile.smk"
+include: "rules/ollama.smk"
 include: "rules/reports.smk"
 include: "rules/wrong_targets.smk"
 

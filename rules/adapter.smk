@@ -1,4 +1,6 @@
 # In: a base, and conversations or an adapter that is there already. Out: adapters/{model}, a LoRA in peft's format.
+ADAPTED = [name for name, model in PROJECT.models.items() if model.adapter]
+UNADAPTED = [name for name, model in PROJECT.models.items() if not model.adapter]
 TRAINED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is not None]
 IMPORTED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is None]
 
@@ -122,4 +124,45 @@ rule import_adapter:
         " --base-manifest {input.base:q}"
         " --adapter {params.adapter:q}"
         " --output adapters/{wildcards.model}"
+        " --log {log:q}"
+
+
+rule convert_adapter:
+    """Convert the adapter to GGUF, for those who keep one base and many adapters."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        adapter="adapters/{model}/MANIFEST.json",
+        weights=ancient("adapters/{model}/adapter_model.safetensors"),
+        llama_cpp="work/llama_cpp.json",
+    output:
+        gguf="models/{model}.adapter.gguf",
+        manifest="models/{model}.adapter.gguf.json",
+    log:
+        "logs/{model}/convert_adapter.log",
+    benchmark:
+        "logs/{model}/convert_adapter.jsonl"
+    wildcard_constraints:
+        model="|".join(ADAPTED) or "(?!)",
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda w: estimate.convert_adapter_needs(spec(w.model)).mem_mb,
+        disk_mb=lambda w: estimate.convert_adapter_needs(spec(w.model)).disk_mb,
+        runtime=lambda w: estimate.convert_adapter_needs(spec(w.model)).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("convert_adapter.py"),
+        code=code_digest("convert_adapter.py"),
+        base=base_folder,
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " --adapter adapters/{wildcards.model}"
+        " --output {output.gguf:q}"
+        " {params.llama_cpp}"
         " --log {log:q}"

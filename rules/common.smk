@@ -1,6 +1,7 @@
 # Config, specs and input functions; no rules.
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from lib.code import code_digest
 from lib import estimate
 from lib.errors import ModelmillError
 from lib.options import as_options
+from lib.passages import document_files
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.spec import resolve_project, resolved_methods
-from lib.targets import explain_target, final_files, model_names, wrong_targets
+from lib.targets import ADAPTER, explain_target, final_files, model_names, wrong_targets
 
 try:
     PROJECT = resolve_project(config)
@@ -42,7 +44,7 @@ wildcard_constraints:
     base=r"(\.base)?",
     source="|".join(SOURCE_TYPES),
     quant="|".join(QUANTIZED_TYPES),
-    suffix="|".join(["", *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *QUANTIZED_TYPES))]),
+    suffix="|".join(["", re.escape(ADAPTER), *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *QUANTIZED_TYPES))]),
 
 
 def spec(model):
@@ -220,8 +222,43 @@ def imatrix_file(wildcards):
 
 
 def modelfile_gguf(wildcards):
+    """The weights of a Modelfile: with an adapter beside them those of the base."""
+    if wildcards.suffix == ADAPTER:
+        return default_gguf(wildcards.model, ".base")
     suffix = wildcards.suffix or f".{spec(wildcards.model).default_quant}"
     return f"models/{wildcards.model}{suffix}.gguf"
+
+
+def modelfile_adapter(wildcards):
+    return [f"models/{wildcards.model}{ADAPTER}.gguf"] if wildcards.suffix == ADAPTER else []
+
+
+def ollama_name(wildcards):
+    """What the model is called in Ollama."""
+    return spec(wildcards.model).ollama.name or wildcards.model
+
+
+def system_option(wildcards):
+    text = spec(wildcards.model).ollama.system
+    return "" if text is None else shlex.join([f"--system={text}"])
+
+
+def ollama_messages(wildcards):
+    return json.dumps([dict(each) for each in spec(wildcards.model).ollama.messages], ensure_ascii=False)
+
+
+def ollama_parameters(wildcards):
+    return json.dumps(dict(spec(wildcards.model).ollama.parameters), ensure_ascii=False, sort_keys=True)
+
+
+def questions_options(wildcards):
+    """The held-out questions that a registered model is asked."""
+    smoke = spec(wildcards.model).smoke
+    return shlex.join([f"--questions={smoke.questions}", f"--max-tokens={smoke.max_tokens}"]) if smoke else ""
+
+
+def rag_documents(wildcards):
+    return [str(file) for file in document_files(Path(spec(wildcards.model).rag.documents))]
 
 
 def explain_wrong_target(wildcards):

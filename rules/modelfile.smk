@@ -1,5 +1,6 @@
 # In: a GGUF file, the base's tokenizer. Out: models/{model}.Modelfile for the default type, models/{model}.{quant}.Modelfile
-# for any, and what the chat template writes of some conversations.
+# for any, models/{model}.adapter.Modelfile for the base with the adapter beside it, and what the chat template writes of
+# some conversations.
 
 
 rule render_modelfile:
@@ -9,6 +10,8 @@ rule render_modelfile:
         llama_cpp="work/llama_cpp.json",
         manifest=lambda w: modelfile_gguf(w) + ".json",
         gguf=lambda w: ancient(modelfile_gguf(w)),
+        adapter_manifest=lambda w: [f"{file}.json" for file in modelfile_adapter(w)],
+        adapter=lambda w: ancient(modelfile_adapter(w)),
     output:
         modelfile="models/{model}{suffix}.Modelfile",
         report="reports/{model}{suffix}.chat.json",
@@ -16,6 +19,8 @@ rule render_modelfile:
         "logs/{model}/render_modelfile{suffix}.log",
     benchmark:
         "logs/{model}/render_modelfile{suffix}.jsonl"
+    wildcard_constraints:
+        model=model_names(PROJECT, without=[rf"({'|'.join(UNADAPTED) or '(?!)'})\.adapter\."]),
     conda:
         "../envs/llama_cpp.yaml"
     threads: 1
@@ -30,13 +35,15 @@ rule render_modelfile:
         script=script("render_modelfile.py"),
         code=code_digest("render_modelfile.py"),
         tokenizer=base_folder,
-        system=lambda w: (shlex.join([f"--system={text}"]) if (text := spec(w.model).ollama.system) is not None else ""),
+        adapter=lambda w: shlex.join(f"--adapter={file}" for file in modelfile_adapter(w)),
+        system=system_option,
         llama_cpp=llama_cpp_options(),
-        messages=lambda w: json.dumps([dict(each) for each in spec(w.model).ollama.messages], ensure_ascii=False),
-        parameters=lambda w: json.dumps(dict(spec(w.model).ollama.parameters), ensure_ascii=False, sort_keys=True),
+        messages=ollama_messages,
+        parameters=ollama_parameters,
     shell:
         "{params.python} {params.script:q}"
         " --gguf {input.gguf:q}"
+        " {params.adapter}"
         " --tokenizer {params.tokenizer:q}"
         " {params.system}"
         " --messages {params.messages:q}"

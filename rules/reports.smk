@@ -1,5 +1,7 @@
 # In: trained adapters, finished models. Out: reports/{model}.*, how training went and what the models can do.
 ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
+WITH_QUESTIONS = [name for name, model in PROJECT.models.items() if model.smoke]
+WITH_DOCUMENTS = [name for name, model in PROJECT.models.items() if model.rag]
 
 
 rule report_training:
@@ -51,7 +53,7 @@ rule check_questions:
     benchmark:
         "logs/{model}/check_questions.jsonl"
     wildcard_constraints:
-        model="|".join(ASKED) or "(?!)",
+        model="|".join(WITH_QUESTIONS) or "(?!)",
     priority: 100
     conda:
         "../envs/llama_cpp.yaml"
@@ -110,6 +112,89 @@ rule smoke_test:
         "{params.python} {params.script:q}"
         " --tuned {input.tuned_gguf:q}"
         " --base {input.base_gguf:q}"
+        " {params.settings}"
+        " --output {output.report:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
+rule check_documents:
+    """Check documents and the questions about them before anything long starts, and write down which they are."""
+    input:
+        questions=lambda w: spec(w.model).rag.questions,
+        documents=rag_documents,
+    output:
+        identity="work/{model}/documents.json",
+    log:
+        "logs/{model}/check_documents.log",
+    benchmark:
+        "logs/{model}/check_documents.jsonl"
+    wildcard_constraints:
+        model="|".join(WITH_DOCUMENTS) or "(?!)",
+    priority: 100
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("check_documents.py"),
+        code=code_digest("check_documents.py"),
+        documents=lambda w: spec(w.model).rag.documents,
+        passage_characters=lambda w: spec(w.model).rag.passage_characters,
+    shell:
+        "{params.python} {params.script:q}"
+        " --questions {input.questions:q}"
+        " --documents {params.documents:q}"
+        " --passage-characters {params.passage_characters}"
+        " --output {output.identity:q}"
+        " --log {log:q}"
+
+
+rule answer_from_documents:
+    """Ask the model questions with and without passages of documents."""
+    input:
+        manifest=lambda w: default_gguf(w.model) + ".json",
+        gguf=lambda w: ancient(default_gguf(w.model)),
+        identity="work/{model}/documents.json",
+        questions=lambda w: ancient(spec(w.model).rag.questions),
+        documents=lambda w: ancient(rag_documents(w)),
+        llama_cpp="work/llama_cpp.json",
+    output:
+        report="reports/{model}.rag.json",
+    log:
+        "logs/{model}/answer_from_documents.log",
+    benchmark:
+        "logs/{model}/answer_from_documents.jsonl"
+    wildcard_constraints:
+        model="|".join(WITH_DOCUMENTS) or "(?!)",
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).mem_mb,
+        disk_mb=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).disk_mb,
+        runtime=lambda w: estimate.answer_needs(spec(w.model), spec(w.model).default_quant).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("answer_from_documents.py"),
+        code=code_digest("answer_from_documents.py"),
+        name=ollama_name,
+        system=system_option,
+        settings=lambda w: as_options(spec(w.model).rag),
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --gguf {input.gguf:q}"
+        " --name {params.name}"
+        " {params.system}"
         " {params.settings}"
         " --output {output.report:q}"
         " {params.llama_cpp}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.chat import understand_chat
 from lib.chat_jinja import chat_template_of
+from lib.checkpoint import license_of
 from lib.cli import run_script, script_parser
 from lib.config import definition
 from lib.console import say
@@ -17,17 +17,17 @@ from lib.gguf_file import read_gguf
 from lib.jsonfile import write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.llama_server import serving
-from lib.modelfile import FENCE, ModelfileError, dropped, kept, render_modelfile
+from lib.modelfile import ModelfileError, dropped, kept, render_modelfile, unheld
 from lib.options import add_json_setting
 from lib.outputs import finished_file
 
-LICENSE = re.compile(r"licen[cs]e(\.txt|\.md)?", re.IGNORECASE)
 CONTEXT = 512  # tokens; nothing is answered
 
 
 def write_modelfile(
     *,
     gguf: Path,
+    adapter: Path | None = None,
     tokenizer: Path,
     system: str | None,
     messages: Sequence[Mapping[str, str]],
@@ -42,6 +42,7 @@ def write_modelfile(
 
     Args:
         gguf: the weights, in the folder of `output`.
+        adapter: a GGUF adapter for them, in the same folder.
         tokenizer: folder of the checkpoint whose tokenizer the model was trained with.
         system, messages, parameters: see lib.modelfile.render_modelfile.
         report: JSON file.
@@ -50,10 +51,11 @@ def write_modelfile(
         ModelfileError: no chat template in the file, or a text that a Modelfile cannot hold.
         ParityError: a conversation becomes other tokens than in training.
     """
-    if gguf.resolve().parent != output.resolve().parent:
-        raise ModelfileError(f"{output} has to lie beside {gguf}, so that both can be moved together")
-    if dropped(gguf.name) or gguf.name != gguf.name.strip(' "'):
-        raise ModelfileError(f"{gguf}: Ollama would look for a file of another name; rename it")
+    for file in (gguf, *([adapter] if adapter else [])):
+        if file.resolve().parent != output.resolve().parent:
+            raise ModelfileError(f"{output} has to lie beside {file}, so that both can be moved together")
+        if dropped(file.name) or file.name != file.name.strip(' "'):
+            raise ModelfileError(f"{file}: Ollama would look for a file of another name; rename it")
     weights = read_gguf(gguf)
     if chat_template_of(weights) is None:
         raise ModelfileError(f"{gguf} has no chat template: nobody could talk to it as it was trained")
@@ -68,6 +70,7 @@ def write_modelfile(
             say(f"{name}: Ollama drops {lost} from a Modelfile; spaces among them are plain ones there: {said[:60]!r}")
     text = render_modelfile(
         gguf_name=gguf.name,
+        adapter_name=adapter.name if adapter else None,
         template=chat.template,
         system=system,
         messages=messages,
@@ -85,12 +88,9 @@ def write_modelfile(
 
 def _license_of(checkpoint: Path) -> str | None:
     """The text of a checkpoint's licence; None if there is none, or one that a Modelfile cannot hold."""
-    found = sorted(path for path in checkpoint.iterdir() if LICENSE.fullmatch(path.name) and path.is_file())
-    if not found:
-        return None
-    text = kept(found[0].read_text(encoding="utf-8", errors="replace")).strip()
-    if FENCE in text or text.endswith('"'):
-        say(f"{found[0]} is left out: a Modelfile cannot hold a text with {FENCE} in it, or with a quote at its end")
+    text = kept(license_of(checkpoint) or "").strip()
+    if problem := unheld(text):
+        say(f"the licence is left out: {problem}")
         return None
     return text or None
 
@@ -99,6 +99,7 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="the weights")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="GGUF adapter for the weights, beside them")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="DIR", help="checkpoint with the tokenizer trained with"
     )
@@ -112,6 +113,7 @@ def main() -> None:
     def work(arguments: argparse.Namespace) -> None:
         write_modelfile(
             gguf=arguments.gguf,
+            adapter=arguments.adapter,
             tokenizer=arguments.tokenizer,
             system=arguments.system,
             messages=arguments.messages,

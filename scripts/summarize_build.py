@@ -42,6 +42,7 @@ def summarize_build(*, model: str, folder: Path) -> str:
     if steps:
         lines += ["steps:", *(f"  {_duration(seconds):>9}  {name}" for name, seconds in steps.items())]
     lines += _describe_answers(folder / "reports" / f"{model}.smoke.json")
+    lines += _describe_documents(folder / "reports" / f"{model}.rag.json")
     modelfile = folder / "models" / f"{model}.Modelfile"
     if modelfile.is_file():
         lines += ["to talk to it with Ollama:", f"  ollama create {model} -f {modelfile.relative_to(folder)}"]
@@ -67,6 +68,20 @@ def _describe_answers(report: Path) -> list[str]:
         lines += [f"  question  {example['question']}"]
         lines += [f"  before    {_one_line(example['base']['answer'])}"]
         lines += [f"  after     {_one_line(example['tuned']['answer'])}"]
+    return lines
+
+
+def _describe_documents(report: Path) -> list[str]:
+    if not report.is_file():
+        return []
+    rag = read_json(report)
+    example = next((row for row in rag["questions"] if row["with"]["right"] and not row["without"]["right"]), None)
+    right = rag["right"]
+    lines = [f"questions answered from documents: {right['with']} of {rag['asked']}, without them {right['without']}"]
+    if example:
+        lines += [f"  question  {example['question']}"]
+        lines += [f"  answer    {_one_line(example['with']['answer'])}"]
+        lines += [f"  source    {example['passages'][0]['source']}"]
     return lines
 
 

@@ -174,6 +174,22 @@ def test_a_key_without_default_is_required_or_optional_by_method() -> None:
         ("models.m.adapter", {}, "models.m.adapter: give exactly one of: train"),
         ("models.m.quantize.types", [], "models.m.quantize.types: [] should be non-empty"),
         ("llama_cpp.cmake_flags", ["GGML_CUDA"], "llama_cpp.cmake_flags.0: 'GGML_CUDA' is not of the form"),
+        ("models.m.ollama.name", "my model", "models.m.ollama.name: 'my model' is not of the form"),
+        ("models.m.ollama.name", "-mine", "models.m.ollama.name: '-mine' is not of the form"),
+        ("models.m.ollama.name", "a/b/c/mine", "models.m.ollama.name: 'a/b/c/mine' is not of the form"),
+        ("models.m.ollama.name", "mine:", "models.m.ollama.name: 'mine:' is not of the form"),
+        (
+            "models.m.ollama.name",
+            "mine:w-0123456789ab",
+            "models.m.ollama.name: 'mine:w-0123456789ab' is not of the form",
+        ),
+        ("models.m.ollama.name", "m" * 81, "is not of the form"),
+        ("models.m.rag", {"documents": "d"}, "models.m.rag: missing key 'questions'"),
+        (
+            "models.m.rag",
+            {"documents": "d", "questions": "q", "prompt": "{question}"},
+            "rag.prompt: '{question}' is not",
+        ),
         ("models.m.ollama.parameters.temprature", 1, "unknown key 'temprature'; did you mean 'temperature'?"),
     ],
 )

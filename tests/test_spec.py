@@ -55,7 +55,7 @@ def problems(**model: Any) -> list[str]:
         (spec.LlamaCpp, schema()["properties"]["llama_cpp"]),
         *(
             (getattr(spec, name.capitalize()), definition(name))
-            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "imatrix", "ollama", "smoke")
+            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "imatrix", "ollama", "smoke", "rag")
         ),
         *(
             (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
@@ -417,3 +417,46 @@ def test_numbers_have_to_be_finite(value: float) -> None:
     """YAML has .nan and .inf; a comparison with a minimum lets both pass, and planning with them breaks."""
     with pytest.raises(ConfigError, match=r"hardware\.gpus"):
         resolve(hardware={"gpus": [value]})
+
+
+@pytest.mark.parametrize(
+    "name", ["mine", "Mine_2.0", "me/mine", "me/mine:short", "example.com/me/mine:v1.0", "host:5000/me/m"]
+)
+def test_names_in_ollama(name: str, workplace: Path) -> None:
+    assert resolve(ollama={"name": name}).models["m"].ollama.name == name
+
+
+@pytest.mark.parametrize(
+    ("ollama", "said"),
+    [
+        ({"system": 'Say """so""".'}, 'models.m.ollama.system: a Modelfile cannot hold a text with """ in it'),
+        ({"system": 'Say "so"'}, "models.m.ollama.system: a Modelfile cannot hold"),
+        ({"messages": [{"role": "user", "content": 'Say "so"'}]}, "models.m.ollama.messages: a Modelfile cannot hold"),
+        ({"parameters": {"stop": ["END", 'END"']}}, "models.m.ollama.parameters.stop: a Modelfile cannot hold"),
+        ({"parameters": {"stop": ["終\u3000わり"]}}, "models.m.ollama.parameters.stop: Ollama drops U+3000"),
+    ],
+)
+def test_what_a_modelfile_cannot_hold_is_told_at_once(ollama: dict[str, Any], said: str, workplace: Path) -> None:
+    (line,) = problems(ollama=ollama)
+    assert line.startswith(said)
+
+
+def test_documents_have_to_be_there(workplace: Path) -> None:
+    Path("notes").mkdir()
+    Path("notes/picture.png").write_bytes(b"")
+    lines = problems(rag={"documents": "notes", "questions": "ask.jsonl"})
+    assert lines == [
+        "models.m.rag.questions: there is no file ask.jsonl",
+        "models.m.rag.documents: there is no folder notes with documents (.md, .txt) in it",
+    ]
+
+
+def test_mixtures_of_experts_are_counted_and_known(tmp_path: Path, workplace: Path) -> None:
+    sizes = {**SHAPE, "num_attention_heads": 4, "num_local_experts": 8, "moe_intermediate_size": 16}
+    Path("mixture").mkdir()
+    Path("mixture/config.json").write_text(json.dumps(sizes))
+    shape = resolve(base={"path": "mixture"}).models["m"].base.shape
+    assert (shape.num_experts, shape.moe_intermediate_size) == (8, 16)
+    dense = resolve(base={"path": "mixture", "shape": SHAPE}).models["m"].base.shape
+    experts = SHAPE["num_hidden_layers"] * 3 * SHAPE["hidden_size"] * (8 * 16 - SHAPE["intermediate_size"])
+    assert shape.parameters - dense.parameters == experts

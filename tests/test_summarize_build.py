@@ -54,6 +54,11 @@ held-out questions answered rightly: 2 of 3, before tuning 1
   question  Who builds it?
   before    No idea, no idea, no idea, no idea, no idea, no idea, no idea, no…
   after     Snakemake builds it."""
+FROM_DOCUMENTS = """
+questions answered from documents: 2 of 3, without them 1
+  question  Where?
+  answer    In the folder logs.
+  source    logs.md"""
 OLLAMA = """
 to talk to it with Ollama:
   ollama create tiny -f models/tiny.Modelfile
@@ -111,6 +116,21 @@ def test_everything(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == BUILT + SIZED + STEPPED + ANSWERED + OLLAMA + "\n"
     assert summarize(folder.parent, "--folder", str(folder)).stdout == done.stdout
+
+
+def test_answers_from_documents(folder: Path) -> None:
+    passages = [{"source": "logs.md", "heading": "", "text": "Logs lie in the folder logs."}]
+    rows = [
+        {"question": question, "passages": passages, "with": {"answer": said, "right": x}, "without": {"right": y}}
+        for question, said, x, y in [("Who?", "I.", True, True), ("Where?", "In the\nfolder logs.", True, False)]
+    ]
+    report = {"asked": 3, "right": {"with": 2, "without": 1}, "questions": rows}
+    (folder / "reports/tiny.rag.json").write_text(json.dumps(report))
+    assert summarize(folder).stdout == BUILT + SIZED + STEPPED + ANSWERED + FROM_DOCUMENTS + OLLAMA + "\n"
+    del rows[1]
+    (folder / "reports/tiny.rag.json").write_text(json.dumps(report))
+    counts = FROM_DOCUMENTS.partition("\n  question")[0]
+    assert summarize(folder).stdout == BUILT + SIZED + STEPPED + ANSWERED + counts + OLLAMA + "\n"
 
 
 def test_after_make_clean_no_time_is_told(folder: Path) -> None:

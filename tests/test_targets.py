@@ -20,8 +20,15 @@ HUB = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("talks.jsonl", "asked.jsonl", "models/own.gguf", "adapters/talks.jsonl", "reports/asked.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "talks.jsonl",
+        "asked.jsonl",
+        "models/own.gguf",
+        "adapters/talks.jsonl",
+        "reports/asked.jsonl",
+        "reports/notes/a.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
     (tmp_path / "models/read.txt").write_text("A sentence.\n" * 200)
     write_constants(tmp_path / "adapters" / "run7")
@@ -44,7 +51,11 @@ def project(workplace: Path) -> Project:
         plain={"base": HUB, "quantize": {"types": ["q8_0", "f16"]}, "smoke": {"questions": "asked.jsonl"}},
         silent={"base": HUB, "adapter": train, "merge": {"dtype": "bfloat16"}},
         taken={"base": HUB, "adapter": {"path": "adapters/run7"}, "smoke": {"questions": "asked.jsonl"}},
-        weighed={"base": HUB, "quantize": {"imatrix": {"text": "models/read.txt"}}},
+        weighed={
+            "base": HUB,
+            "quantize": {"imatrix": {"text": "models/read.txt"}},
+            "rag": {"documents": "reports/notes", "questions": "asked.jsonl"},
+        },
     )
 
 
@@ -96,6 +107,13 @@ def test_final_files(project: Project) -> None:
         "models/weighed.base.iq1_s.gguf.json",
         "models/weighed.q2_k_s.Modelfile",
         "models/read.txt",
+        "models/tuned.adapter.gguf",
+        "models/taken.adapter.gguf.json",
+        "models/tuned.adapter.Modelfile",
+        "reports/tuned.adapter.chat.json",
+        "ollama/plain.json",
+        "reports/weighed.rag.json",
+        "reports/notes/a.md",
         "reports/tuned.smoke.json",
         "reports/taken.smoke.json",
         # Outside our folders: other rules', the user's, Snakemake's.
@@ -137,6 +155,10 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("reports/plain.smoke.json", ["plain has no adapter in config.yaml"]),
         ("models/tuned/merged/config.jsn", ["nothing is built under that name", "README.md"]),
         ("adapters/tuned/weights.bin", ["nothing is built under that name"]),
+        ("models/plain.adapter.gguf", ["plain has no adapter in config.yaml"]),
+        ("models/plain.adapter.Modelfile", ["plain has no adapter in config.yaml"]),
+        ("reports/tuned.rag.json", ["tuned has no rag.documents in config.yaml"]),
+        ("ollama/other.json", ["unknown model 'other'"]),
         ("ollama/tuned.txt", ["nothing is built under that name"]),
     ],
 )

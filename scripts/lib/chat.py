@@ -89,15 +89,17 @@ def understand_chat(weights: GgufFile, server: LlamaServer, *, tokenizer: Path, 
             raise FormatError(f"TEMPLATE would have {unlike[0]} read as other tokens")
     except FormatError as error:
         template, reason = None, str(error)
+    stops = _stops(weights, chat_format, begins=around)
     return Chat(
         template=template,
         reason=reason,
-        stops=_stops(weights, chat_format, begins=around),
+        stops=stops,
         refuses_system="a system message" not in trained,
         report={
             "conversations": {name: _summary(tokens) for name, tokens in read.items()},
             "served_with_the_date_of_the_day": dated != trained,
-            "template": {"written": template is not None, "reason": reason, "rendered_by_go": bool(template and go)},
+            "template": {"text": template, "reason": reason, "rendered_by_go": bool(template and go)},
+            "stops": stops,
             "beyond_template": _beyond(weights, server, template, go, without_bos=without_bos),
         },
     )

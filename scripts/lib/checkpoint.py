@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Names that models give the matrix of their tokens' embeddings.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+LICENSE = re.compile(r"licen[cs]e(\.txt|\.md)?", re.IGNORECASE)
 # What belongs to a checkpoint beside its weights, in any case of letters.
 SIDE_FILES = (
     "*.json",
@@ -129,6 +131,12 @@ def weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f"{folder / INDEX} is damaged: its weight_map does not map tensors to files")
     return found
+
+
+def license_of(folder: Path) -> str | None:
+    """The text of a checkpoint's licence; None if it brings none."""
+    found = sorted(path for path in folder.iterdir() if LICENSE.fullmatch(path.name) and path.is_file())
+    return found[0].read_text(encoding="utf-8", errors="replace") if found else None
 
 
 def rename_experts(published: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
 CUDA_HOST_BYTES = 3e9  # what it takes of RAM
 GIB = 1 << 30
 # Bytes per second and per core of what a step does; slow enough for a laptop's disk.
-DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES = 20e6, 100e6, 150e6
+DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES, DISK_BYTES = 20e6, 100e6, 150e6, 200e6
 QUANTIZE_WEIGHTS = 9e6  # per second and thread (Q4_K)
 DIRECT_WEIGHTS = 15e6  # per second and thread (Q4_K), of merging and quantizing
 IMATRIX_PRODUCTS = 5e9  # of a weight and an activation, per second and thread
@@ -166,6 +166,19 @@ def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
 def answer_needs(model: Model, quant: str) -> Needs:
     """llama.cpp maps the file, and keeps keys and values of a short context."""
     return Needs(mem_mb=_mb(INTERPRETER_BYTES + 1.1 * weight_bytes(model, quant)), disk_mb=1, runtime=30)
+
+
+def convert_adapter_needs(model: Model) -> Needs:
+    """llama.cpp's converter holds the adapter, which is as large in float32 as its rank says."""
+    train = model.adapter.train if model.adapter else None
+    size = 4 * lora_parameters(shape_of(model), train.lora.r) if train else 2 * import_needs(model).disk_mb * 1e6
+    return Needs(_mb(INTERPRETER_BYTES + 2 * size), disk_mb=_mb(size) + 1, runtime=_minutes(size / CONVERT_BYTES))
+
+
+def register_needs(model: Model) -> Needs:
+    """Our side sends a file; the server, if it is on this machine, keeps up to four copies of it for a while."""
+    size = weight_bytes(model, model.default_quant)
+    return Needs(small_needs().mem_mb, disk_mb=_mb(4 * size), runtime=30 + _minutes(4 * size / DISK_BYTES))
 
 
 def build_needs() -> Needs:

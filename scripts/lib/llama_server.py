@@ -35,10 +35,11 @@ class LlamaServer:
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=ANSWER_SECONDS, trust_env=False)
 
-    def answer(self, question: str, *, max_tokens: int) -> str:
+    def answer(self, question: str, *, max_tokens: int, system: str | None = None) -> str:
         """The model's answer to one question, by greedy decoding through its own chat template."""
-        message = {"role": "user", "content": question}
-        body = {"messages": [message], "temperature": 0.0, "max_tokens": max_tokens, "cache_prompt": False}
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        body = {"messages": messages, "temperature": 0.0, "max_tokens": max_tokens, "cache_prompt": False}
         return self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
     def tokenize(self, text: str, *, parse_special: bool, add_special: bool = False) -> list[int]:

@@ -18,6 +18,7 @@ class ModelfileError(ModelmillError):
 def render_modelfile(
     *,
     gguf_name: str,
+    adapter_name: str | None = None,
     template: str | None,
     system: str | None,
     messages: Sequence[Mapping[str, str]],
@@ -30,6 +31,7 @@ def render_modelfile(
 
     Args:
         gguf_name: file name of the weights, beside the Modelfile.
+        adapter_name: likewise of an adapter that belongs to them.
         template: Ollama's TEMPLATE; without one it uses the chat template inside the GGUF.
         system: system prompt, as `kept` leaves it.
         messages: what was said before every conversation, each with role and content; likewise.
@@ -41,6 +43,7 @@ def render_modelfile(
         ModelfileError: a text that the grammar cannot hold.
     """
     lines = [f"FROM ./{gguf_name}"]
+    lines += [] if adapter_name is None else [f"ADAPTER ./{adapter_name}"]
     if template is not None:
         lines.append(f"TEMPLATE {_quoted(template, where='TEMPLATE')}")
     lines += _parameter_lines(parameters, stops)
@@ -63,6 +66,20 @@ def dropped(text: str) -> str:
     return ", ".join(sorted({f"U+{ord(each):04X}" for each in text if kept(each) != each}))
 
 
+def unheld(text: str) -> str | None:
+    """Why a Modelfile cannot hold a text as `kept` leaves it; None if it can."""
+    if FENCE in text or text.endswith('"'):
+        return f'a Modelfile cannot hold a text with """ in it or " at its end: {text[:60]!r}'
+    return None
+
+
+def unheld_stop(text: str) -> str | None:
+    """Why a Modelfile cannot hold a text that ends an answer, which has to be taken as it is; None if it can."""
+    if lost := dropped(text):
+        return f"Ollama drops {lost} from a Modelfile: write it without: {text[:60]!r}"
+    return unheld(text)
+
+
 def named_weights(text: str) -> str | None:
     """What a Modelfile's FROM names: a file beside it, or a model of Ollama's."""
     lines = (line.split(maxsplit=1) for line in text.splitlines())
@@ -79,8 +96,6 @@ def _parameter_lines(parameters: Mapping[str, Any], stops: list[str]) -> Iterato
 
 def _quoted(text: str, *, where: str) -> str:
     """Plain quotes know no escapes, so a text with a quote or a line break stands between triple ones."""
-    if lost := dropped(text):
-        raise ModelfileError(f"{where}: Ollama drops {lost} from a Modelfile: write it without: {text[:60]!r}")
-    if FENCE in text or text.endswith('"'):
-        raise ModelfileError(f'{where}: a Modelfile cannot hold a text with """ in it or " at its end: {text[:60]!r}')
+    if problem := unheld_stop(text):
+        raise ModelfileError(f"{where}: {problem}")
     return f"{FENCE}{text}{FENCE}" if '"' in text or "\n" in text else f'"{text}"'

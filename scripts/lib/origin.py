@@ -20,6 +20,7 @@ TITLES = {"gguf": "GGUF", "merged": "merged checkpoint", "source": "16-bit GGUF"
 NEEDED = {"gguf": ("type", "llama_cpp"), "merged": ("base", "merge"), "adapter": ("base",), "base": ("kind", "name")}
 # Where the workflow keeps the manifest of each.
 PLACES = {"base": "bases/{model}", "adapter": "adapters/{model}", "merged": "models/{model}/merged"}
+LORA = "lora"  # the type of an adapter's own GGUF, which is merged into nothing
 SHORT = 12
 
 
@@ -139,7 +140,7 @@ def tell_origin(origin: Mapping[str, Any] | None, *, artifact: str) -> str:
     if artifact == "gguf":
         made = f"{origin['type']}, by llama.cpp {origin['llama_cpp']}"
         # Of one that was built directly; else the merged checkpoint of its chain tells how it was merged.
-        return f"{made}, {merge_policy(origin['merge'])}" if origin.get("adapter") else made
+        return f"{made}, {merge_policy(origin['merge'])}" if origin.get("adapter") and origin.get("merge") else made
     if artifact == "merged":
         return merge_policy(origin["merge"]) if origin.get("adapter") else f"no adapter, in {origin['merge']['dtype']}"
     if artifact == "adapter":
@@ -159,7 +160,7 @@ def _links(origin: Mapping[str, Any], *, artifact: str, where: str, problems: li
     lacking = [key for key in NEEDED[artifact] if origin.get(key) is None]
     if artifact == "gguf" and not any(origin.get(role) for role in ROLES):
         lacking.append("what it was made from")
-    if origin.get("adapter") and not (origin.get("merge") or origin.get("merged")):
+    if origin.get("adapter") and origin.get("type") != LORA and not (origin.get("merge") or origin.get("merged")):
         lacking.append("merge")
     problems += [f"{where} lacks {', '.join(lacking)}"] if lacking else []
     problems += [f"{where}.{key}: {wrong}" for key in sorted(origin) if (wrong := _wrong_form(key, origin[key]))]

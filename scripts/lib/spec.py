@@ -16,6 +16,8 @@ from lib.calibration import size_problem
 from lib.checkpoint import rename_experts
 from lib.config import check_config, config_error, definition, suggest, with_defaults
 from lib.jsonfile import read_json
+from lib.modelfile import kept, unheld, unheld_stop
+from lib.passages import ENDINGS, document_files
 from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES, source_type
 from lib.tensor_types import TensorTypes, pattern_problems, pure_problem
 from lib.train_method import MethodError, resolve_method
@@ -142,8 +144,9 @@ class Quantize(TensorTypes):
 
 @dataclass(frozen=True)
 class Ollama:
-    """What the Modelfile says beside the weights."""
+    """What a Modelfile, or a registration, says beside the weights."""
 
+    name: str | None
     system: str | None
     messages: tuple[Mapping[str, str], ...]
     parameters: Mapping[str, Any]
@@ -159,6 +162,19 @@ class Smoke:
 
 
 @dataclass(frozen=True)
+class Rag:
+    """Questions that are answered from documents."""
+
+    documents: str
+    questions: str
+    passages: int
+    passage_characters: int
+    prompt: str
+    max_tokens: int
+    min_gain: int
+
+
+@dataclass(frozen=True)
 class Model:
     """One model of config.yaml."""
 
@@ -169,6 +185,7 @@ class Model:
     quantize: Quantize
     ollama: Ollama
     smoke: Smoke | None
+    rag: Rag | None
 
     @property
     def default_quant(self) -> str:
@@ -213,6 +230,10 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
         _check_quantize(f"models.{name}.quantize", model["quantize"], problems)
         if model.get("smoke"):
             _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
+        if model.get("rag"):
+            _need_file(f"models.{name}.rag.questions", model["rag"]["questions"], problems)
+            _need_documents(f"models.{name}.rag.documents", model["rag"]["documents"], problems)
+        _check_ollama(f"models.{name}.ollama", model["ollama"], problems)
     if problems:
         raise config_error(problems)
     return build(Project, filled)
@@ -349,6 +370,19 @@ def _check_calibration(where: str, text: str, problems: list[str]) -> None:
     _need_file(where, text, problems)
     if Path(text).is_file() and (problem := size_problem(Path(text))):
         problems.append(f"{where}: {problem}")
+
+
+def _check_ollama(where: str, ollama: dict[str, Any], problems: list[str]) -> None:
+    """What a Modelfile cannot hold is told before anything long starts."""
+    texts = [("system", ollama["system"] or ""), *(("messages", each["content"]) for each in ollama["messages"])]
+    told = [(key, unheld(kept(text))) for key, text in texts]
+    told += [("parameters.stop", unheld_stop(text)) for text in ollama["parameters"].get("stop", [])]
+    problems += [f"{where}.{key}: {problem}" for key, problem in told if problem]
+
+
+def _need_documents(where: str, folder: str, problems: list[str]) -> None:
+    if not document_files(Path(folder)):
+        problems.append(f"{where}: there is no folder {folder} with documents ({', '.join(ENDINGS)}) in it")
 
 
 def _need_file(where: str, path: str, problems: list[str]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 from lib.config import suggest
+from lib.passages import document_files
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
 from lib.spec import Model, Project
 
+ADAPTER = ".adapter"  # in the name of a Modelfile over a base, and of the GGUF adapter that it names
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
 HEATMAP_ENDINGS = (".onnx", ".eval.json")
 TRAINING_ENDINGS = (".training.json", ".training.png")
@@ -43,7 +46,7 @@ def model_names(project: Project, names: Collection[str] | None = None, *, witho
 
 def wrong_targets(project: Project) -> str:
     """A regular expression for files in our folders that no rule makes and that are no input of the user's."""
-    every, adapted, trained, asked, calibrated = (
+    every, adapted, trained, asked, calibrated, documented = (
         "|".join(names) or "(?!)"
         for names in (
             project.models,
@@ -51,6 +54,7 @@ def wrong_targets(project: Project) -> str:
             [name for name, model in project.models.items() if model.adapter and model.adapter.train],
             [name for name, model in project.models.items() if model.adapter and model.smoke],
             [name for name, model in project.models.items() if model.quantize.imatrix],
+            [name for name, model in project.models.items() if model.rag],
         )
     )
     types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
@@ -60,12 +64,16 @@ def wrong_targets(project: Project) -> str:
         rf"models/({every})/merged(/MANIFEST\.json)?",
         rf"models/({every})(\.base)?\.({types})\.gguf(\.json)?",
         rf"models/({every})(\.({types}))?\.Modelfile",
+        rf"models/({adapted})\{ADAPTER}\.(gguf(\.json)?|Modelfile)",
+        rf"reports/({adapted})\{ADAPTER}\.chat\.json",
         rf"reports/({every})(\.({types}))?\.chat\.json",
         rf"models/({calibrated})(\.base)?\.({low_types}|imatrix)\.gguf(\.json)?",
         rf"models/({calibrated})\.({low_types})\.Modelfile",
         rf"reports/({calibrated})\.({low_types})\.chat\.json",
         rf"reports/({trained})\.training\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
+        rf"reports/({documented})\.rag\.json",
+        rf"ollama/({every})\.json",
     ]
     own = [pattern for model in project.models.values() for pattern in _users_files(model)]
     return f"(?!({'|'.join(made + own)})$)({'|'.join(FOLDERS)})/.+"
@@ -76,6 +84,7 @@ def _users_files(model: Model) -> Iterator[str]:
     train = model.adapter and model.adapter.train
     imatrix = model.quantize.imatrix
     files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions, imatrix and imatrix.text]
+    files += [model.rag.questions, *map(str, document_files(Path(model.rag.documents)))] if model.rag else []
     yield from (re.escape(os.path.normpath(file)) for file in files if file)
     for folder in (model.base.path, model.adapter and model.adapter.path):
         if folder:
@@ -107,12 +116,16 @@ def explain_target(target: str, project: Project) -> str:
         if project.models[model].adapter is None:
             return f"{target}: {model} has no adapter in config.yaml, so there is nothing to compare with its base"
         return f"{target}: {model} has no smoke.questions in config.yaml"
+    if rest.endswith(".rag.json"):
+        return f"{target}: {model} has no rag.documents in config.yaml"
     named = re.fullmatch(
         r"(?P<base>\.base)?(\.(?P<quant>.+))?\.(gguf(\.json)?|(?P<modelfile>Modelfile))", rest[len(model) :]
     )
     if folder == "models" and named:
         if named["base"] and named["modelfile"]:
             return f"{target}: there are Modelfiles of tuned models only"
+        if named["quant"] == ADAPTER.removeprefix("."):
+            return f"{target}: {model} has no adapter in config.yaml"
         if named["quant"] is None:
             return f"{target}: say which type, as in models/{model}.{project.models[model].default_quant}.gguf"
         return f"{target}: {_explain_type(named['quant'], model)}"

@@ -23,6 +23,7 @@ from lib.manifest import (
     size_problem,
 )
 from lib.origin import (
+    LORA,
     ROLES,
     TITLES,
     Chain,
@@ -170,6 +171,9 @@ def _header_problems(path: Path, origin: dict[str, Any] | None, *, sound: bool) 
         return [str(error)]
     if not sound or origin is None:
         return []
+    if origin["type"] == LORA:
+        found = own.get("adapter.type")
+        return [] if found == LORA else [f"adapter.type: the file says {found!r}, its manifest {LORA}"]
     source, artifact, commit = metadata_source(origin)
     expected = gguf_metadata(source, artifact=artifact, name=str(own.get("general.name")), llama_cpp_commit=commit)
     return [*_type_problems(own, origin["type"]), *compare_metadata(own, expected)]
