@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from conftest import ROOT, copy_built, planned_rules, run_snakemake, write_project
+from conftest import ROOT, copy_built, copy_checkout, planned_rules, run_snakemake, write_project
 from tiny_adapter import CONFIG, WEIGHTS, write_constants
 
 pytestmark = pytest.mark.slow
@@ -223,17 +223,21 @@ def test_edit_reruns_exactly(edited: str, recorded: Path, tmp_path: Path) -> Non
     assert plan(project, checkout, *targets) == expected
 
 
-def record_as_built(project: Path, jobs: set[tuple[str, str]]) -> None:
+def record_as_built(project: Path, jobs: set[tuple[str, str]], targets: tuple[str, ...] = TARGETS) -> None:
     """Put something in the place of each job's outputs, and let Snakemake's own --touch take it for built."""
     outputs = [output for _, output in jobs] + ["work/llama_cpp.json"]
     outputs += [f"{output}.json" for output in outputs if output.endswith(".gguf")]
-    outputs += ["adapters/tiny/adapter_model.safetensors", "adapters/tiny/adapter_config.json"]
+    outputs += [
+        "adapters/tiny/adapter_model.safetensors",
+        "adapters/tiny/adapter_config.json",
+        "reports/tiny.chat.json",
+    ]
     for name in outputs:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("{}")
-    touched = run_snakemake(project, "-j1", "--touch", "--forceall", *TARGETS)
+    touched = run_snakemake(project, "-j1", "--touch", "--forceall", *targets)
     assert touched.returncode == 0, touched.stderr
-    assert plan(project, ROOT, *TARGETS) == set()
+    assert plan(project, ROOT, *targets) == set()
 
 
 def test_revision_of_a_hub_base_reruns_its_chain(tmp_path: Path, tiny_base: Path) -> None:
@@ -319,3 +323,80 @@ def test_a_link_to_another_older_adapter_is_noticed(imported: Path) -> None:
     (imported / "chosen").unlink()
     (imported / "chosen").symlink_to("runs/a")
     assert plan(imported, ROOT, *TARGETS) == IMPORTED
+
+
+TALK = ("ollama/tiny.json", "reports/tiny.rag.json", "models/tiny.adapter.Modelfile")
+REGISTERED = {("register_model", "ollama/tiny.json")}
+ANSWERED = {("answer_from_documents", "reports/tiny.rag.json")}
+DOCUMENTED = {("check_documents", "work/tiny/documents.json"), *ANSWERED}
+WITH_ADAPTER = {("render_modelfile", "models/tiny.adapter.Modelfile")}
+TALKED = {*MODELFILE, *REGISTERED, *ANSWERED, *WITH_ADAPTER}
+TUNED = {("quantize_gguf", "models/tiny.q4_k_m.gguf"), *MODELFILE, *REGISTERED, *ANSWERED}
+
+
+@pytest.fixture(scope="module")
+def recorded_talk(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A project whose model is registered and asked about documents, recorded as built."""
+    project = write_project(tmp_path_factory.mktemp("talk") / "project", base=tiny_base)
+    (project / "notes").mkdir()
+    (project / "notes/a.md").write_text("Snakemake builds the model.\n")
+    rag = {"documents": "notes", "questions": "ask.jsonl"}
+    set_in_config("models", "tiny", "rag", value=rag)(project, project)
+    made = (FETCHED - SMOKE) | DOCUMENTED | TUNED | WITH_ADAPTER | {("check_questions", "work/tiny/questions.json")}
+    record_as_built(project, made | {("convert_adapter", "models/tiny.adapter.gguf")}, TALK)
+    return project
+
+
+def change_a_document(project: Path, checkout: Path) -> None:
+    (project / "notes/a.md").write_text("Make builds the model.\n")
+
+
+def add_a_document(project: Path, checkout: Path) -> None:
+    (project / "notes/b.txt").write_text("It runs on Linux.\n")
+
+
+def touch_the_documents(project: Path, checkout: Path) -> None:
+    os.utime(project / "notes/a.md")
+
+
+def add_a_picture(project: Path, checkout: Path) -> None:
+    (project / "notes/b.png").write_bytes(b"")
+
+
+TALK_TABLE = {
+    "the system prompt": (set_in_config("models", "tiny", "ollama", "system", value="Be brief."), TALKED),
+    "a temperature": (
+        set_in_config("models", "tiny", "ollama", "parameters", "temperature", value=0.9),
+        TALKED - ANSWERED,
+    ),
+    "the name in Ollama": (set_in_config("models", "tiny", "ollama", "name", value="me/tiny"), REGISTERED | ANSWERED),
+    "the prompt of passages": (
+        set_in_config("models", "tiny", "rag", "prompt", value="{passages} {question}"),
+        ANSWERED,
+    ),
+    "a document": (change_a_document, DOCUMENTED),
+    "one more document": (add_a_document, DOCUMENTED),
+    "the time of a document": (touch_the_documents, set()),
+    "a picture among the documents": (add_a_picture, set()),
+    "how passages are found": (
+        replace_in_checkout("scripts/lib/passages.py", 'ENDINGS = (".md", ".txt")', 'ENDINGS = (".txt", ".md")'),
+        DOCUMENTED,
+    ),
+    "how blobs are sent": (
+        replace_in_checkout("scripts/lib/ollama_server.py", "PIECE_BYTES = 1 << 20", "PIECE_BYTES = 1 << 19"),
+        REGISTERED | ANSWERED,
+    ),
+    "how an adapter becomes a GGUF": (
+        replace_in_checkout("scripts/convert_adapter.py", "rel_tol=1e-6", "rel_tol=1e-7"),
+        {("convert_adapter", "models/tiny.adapter.gguf"), *WITH_ADAPTER},
+    ),
+}
+
+
+@pytest.mark.parametrize("edited", TALK_TABLE)
+def test_edit_of_how_it_is_talked_to_reruns_exactly(edited: str, recorded_talk: Path, tmp_path: Path) -> None:
+    edit, expected = TALK_TABLE[edited]
+    project = shutil.copytree(recorded_talk, tmp_path / "project")
+    checkout = copy_checkout(tmp_path / "checkout")
+    edit(project, checkout)
+    assert plan(project, checkout, *TALK) == expected
