@@ -131,7 +131,7 @@ def test_modelfile(built: Path) -> None:
         ("SYSTEM", "答えは短く。"),
     ]
     report = json.loads((built / "reports/tiny.chat.json").read_text(encoding="utf-8"))
-    assert report["template"] == {"written": True, "reason": None, "rendered_by_go": True}
+    assert report["template"] == {"text": template, "reason": None, "rendered_by_go": True}
     assert all(each["tokens"] > 10 for each in report["conversations"].values())
 
 

@@ -78,7 +78,8 @@ def test_r1_distill_is_talked_to_as_it_was_trained(r1: Path, llama_cpp: LlamaCpp
     assert stops[0] == end
     assert f"{end}{user}" in statements["TEMPLATE"] and "begin▁of" not in statements["TEMPLATE"]
     assert statements["SYSTEM"] == "簡潔に。"
-    assert report["template"] == {"written": True, "reason": None, "rendered_by_go": True}
+    assert report["template"] == {"text": statements["TEMPLATE"], "reason": None, "rendered_by_go": True}
+    assert report["stops"] == stops
     assert all(each["tokens"] > 0 for each in report["conversations"].values())
     # The template cuts reasoning out of earlier answers; no TEMPLATE can.
     texts = report["beyond_template"]["reasoning in the text of an earlier answer"]
@@ -97,7 +98,7 @@ def test_the_script_tells_of_what_it_changes_and_leaves_out(r1: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "ollama.system: Ollama drops U+3000 from a Modelfile" in done.stderr
         assert "ollama.messages: Ollama drops U+3000 from a Modelfile" in done.stderr
-        assert ("LICENSE is left out: a Modelfile cannot hold" in done.stderr) != holds
+        assert ("the licence is left out: a Modelfile cannot hold" in done.stderr) != holds
         statements = read((r1 / "x.Modelfile").read_text(encoding="utf-8"))
         assert ("SYSTEM", "答えは 短く。") in statements and ("MESSAGE user", "はい か") in statements
         assert (("LICENSE", "MIT License\n as is") in statements) == holds
@@ -116,7 +117,8 @@ def test_every_family_is_talked_to_as_it_was_trained(
 ) -> None:
     gguf = make_gguf(template=published[FAMILIES[family]])
     statements, stops, report = rendered(gguf, imported(gguf), llama_cpp)
-    assert report["template"] == {"written": True, "reason": None, "rendered_by_go": True}
+    assert report["template"] == {"text": statements["TEMPLATE"], "reason": None, "rendered_by_go": True}
+    assert report["stops"] == stops
     assert statements["TEMPLATE"] and stops
     assert report["served_with_the_date_of_the_day"] == (family == "Llama 3")
     refused = {name for name, each in report["conversations"].items() if each.get("refused")}
