@@ -22,6 +22,7 @@ rule all:
         gpu_mem_mb=0,
 
 
+include: "rules/preflight.smk"
 include: "rules/llama_cpp.smk"
 include: "rules/base.smk"
 include: "rules/adapter.smk"

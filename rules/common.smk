@@ -19,7 +19,7 @@ from lib.code import code_digest
 from lib import estimate
 from lib.errors import ModelmillError
 from lib.options import as_options
-from lib.passages import document_files
+from lib.documents import document_files
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.spec import resolve_project, resolved_methods

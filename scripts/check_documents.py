@@ -9,9 +9,10 @@ from typing import Any
 from lib.cli import run_script, script_parser
 from lib.config import definition
 from lib.console import say
+from lib.documents import document_files
 from lib.jsonfile import write_json
 from lib.manifest import describe_file, describe_files
-from lib.passages import PassageIndex, document_files, read_passages
+from lib.passages import PassageIndex, read_passages
 from lib.questions import read_questions
 
 

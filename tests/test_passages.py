@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.passages import DocumentError, Passage, PassageIndex, document_files, read_passages, terms
+from lib.documents import document_files
+from lib.passages import DocumentError, Passage, PassageIndex, read_passages, terms
 
 
 def write(folder: Path, **texts: str) -> Path:

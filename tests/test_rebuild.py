@@ -379,7 +379,7 @@ TALK_TABLE = {
     "the time of a document": (touch_the_documents, set()),
     "a picture among the documents": (add_a_picture, set()),
     "how passages are found": (
-        replace_in_checkout("scripts/lib/passages.py", 'ENDINGS = (".md", ".txt")', 'ENDINGS = (".txt", ".md")'),
+        replace_in_checkout("scripts/lib/documents.py", 'ENDINGS = (".md", ".txt")', 'ENDINGS = (".txt", ".md")'),
         DOCUMENTED,
     ),
     "how blobs are sent": (

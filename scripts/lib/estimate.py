@@ -21,6 +21,9 @@ INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
 CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
 CUDA_HOST_BYTES = 3e9  # what it takes of RAM
 GIB = 1 << 30
+# Of a weight of a linear layer: NF4 with double quantization takes 4.127 bits (Dettmers et al. 2023), LLM.int8 8 and
+# two scales a row.
+LINEAR_BYTES = {"int8": 1.01, "4-bit": 0.52}
 # Bytes per second and per core of what a step does; slow enough for a laptop's disk.
 DOWNLOAD_BYTES, MERGE_BYTES, CONVERT_BYTES, DISK_BYTES = 20e6, 100e6, 150e6, 200e6
 QUANTIZE_WEIGHTS = 9e6  # per second and thread (Q4_K)
@@ -67,6 +70,35 @@ def lora_parameters(shape: Shape, rank: int) -> int:
     return shape.num_hidden_layers * rank * widths
 
 
+def adapter_bytes(model: Model) -> int:
+    """Size of the adapter's weights, which are float32 where it is trained here."""
+    adapter = model.adapter
+    if adapter is None:
+        return 0
+    if adapter.train:
+        return 4 * lora_parameters(shape_of(model), adapter.train.lora.r)
+    return Path(adapter.path or "", ADAPTER_WEIGHTS).stat().st_size
+
+
+def held_bytes(shape: Shape, kind: str) -> int:
+    """
+    The weights in memory, in bytes.
+
+    Args:
+        kind: fp32, fp16, int8 or 4-bit; of the latter two the embedding, and the output head, stay in 16 bits.
+    """
+    if kind in ("fp32", "fp16"):
+        return round(shape.parameters * {"fp32": 4, "fp16": 2}[kind])
+    embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
+    return round(2 * embeddings + (shape.parameters - embeddings) * LINEAR_BYTES[kind])
+
+
+def cache_bytes(shape: Shape, tokens: int) -> int:
+    """Keys and values of a context in 16 bits, as llama.cpp and Ollama keep them."""
+    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    return 2 * 2 * tokens * shape.num_hidden_layers * shape.num_key_value_heads * head
+
+
 def fetch_needs(model: Model) -> Needs:
     """Downloading holds a few blocks; importing a GGUF holds all weights, in float32 and once more."""
     size = weight_bytes(model, "f16")
@@ -84,8 +116,7 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
     train, shape = model.adapter.train, shape_of(model)
     held = {"fp32": 4, "bf16": 2, "fp16": 2}[train.precision]
     embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
-    # NF4 with double quantization: 4.127 bits a weight (Dettmers et al. 2023); embeddings are not quantized.
-    linear = {"qlora": 0.52, "int8": 1.01}.get(train.method, held)
+    linear = {"qlora": LINEAR_BYTES["4-bit"], "int8": LINEAR_BYTES["int8"]}.get(train.method, held)
     weights = embeddings * held + (shape.parameters - embeddings) * linear
     adapter = 16 * lora_parameters(shape, train.lora.r)  # float32 weight, gradient, two moments
     tokens = train.per_device_train_batch_size * train.max_length
@@ -171,7 +202,7 @@ def answer_needs(model: Model, quant: str) -> Needs:
 def convert_adapter_needs(model: Model) -> Needs:
     """llama.cpp's converter holds the adapter, which is as large in float32 as its rank says."""
     train = model.adapter.train if model.adapter else None
-    size = 4 * lora_parameters(shape_of(model), train.lora.r) if train else 2 * import_needs(model).disk_mb * 1e6
+    size = adapter_bytes(model) * (1 if train else 2)
     return Needs(_mb(INTERPRETER_BYTES + 2 * size), disk_mb=_mb(size) + 1, runtime=_minutes(size / CONVERT_BYTES))
 
 
@@ -190,7 +221,8 @@ def modelfile_needs(model: Model) -> Needs:
     """A Python with transformers, and llama-server, which maps the weights and keeps 512 tokens of a context."""
     shape = shape_of(model)
     kept = 2 * 2 * 512 * shape.num_hidden_layers * shape.hidden_size
-    return Needs(_mb(2 * INTERPRETER_BYTES + kept), disk_mb=1, runtime=5)
+    seconds = weight_bytes(model, model.default_quant) / DISK_BYTES
+    return Needs(_mb(2 * INTERPRETER_BYTES + kept), disk_mb=1, runtime=5 + _minutes(seconds))
 
 
 def small_needs() -> Needs:

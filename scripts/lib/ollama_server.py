@@ -23,6 +23,7 @@ import ollama
 
 from lib.console import progress
 from lib.errors import ModelmillError, first_line
+from lib.machine import model_store
 
 OLDEST = (0, 5, 5)  # the first whose /api/create takes `files` and `from`
 CONNECT_SECONDS = 10.0
@@ -30,8 +31,6 @@ PIECE_BYTES = 1 << 20
 # Upload, the copy that llama-quantize writes, and the layer; some 79 GB were seen for 19.9.
 COPIES = 4
 FULL = ("no space left", "disk quota", "not enough disk")
-# Where `ollama serve` keeps models: as the service of the installer, and as a user's own program.
-STORES = ("/usr/share/ollama/.ollama/models", "~/.ollama/models")
 
 
 class OllamaError(ModelmillError):
@@ -206,14 +205,6 @@ class OllamaServer:
     def _refusal(self, action: str, said: str) -> OllamaError:
         advice = "; its disk is full: remove models that you no longer use (ollama rm)" if _is_full(said) else ""
         return OllamaError(f"the server at {self.url} could not {action}: {said}{advice}")
-
-
-def model_store() -> Path:
-    """The folder in which a server on this machine keeps models, or the nearest one above it that is there."""
-    named = os.environ.get("OLLAMA_MODELS")
-    stores = [Path(place).expanduser() for place in ([named] if named else STORES)]
-    store = next((place for place in stores if place.is_dir()), stores[-1])
-    return next(place for place in (store, *store.absolute().parents) if place.is_dir())
 
 
 def refuse_full_disk(size: int, *, has_blob: bool) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.documents import ENDINGS, document_files
 from lib.errors import ModelmillError
 
-ENDINGS = (".md", ".txt")
 # Kana and ideographs, which are written without spaces; Hangul is left to words since it has spaces.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff々〆"
 _WORD = rf"(?:(?![{_UNSPACED}])[^\W_])+"
@@ -30,12 +30,6 @@ class Passage:
     source: str
     heading: str
     text: str
-
-
-def document_files(folder: Path) -> list[Path]:
-    """The documents of a folder and of those in it, in the order of their names."""
-    files = folder.rglob("*") if folder.is_dir() else []
-    return sorted(file for file in files if file.suffix.lower() in ENDINGS and file.is_file())
 
 
 def read_passages(folder: Path, *, longest: int) -> list[Passage]:

@@ -85,6 +85,10 @@ class QuantizePaths:
         # A job was planned where it was asked for, and has not to decide it again.
         self._direct |= _told(self._words)
 
+    def is_direct(self, file: QuantizedFile) -> bool:
+        """Whether a file is built from base and adapter alone."""
+        return self._direct[file]
+
     def staged_models(self) -> str:
         """A regular expression for the wildcard `model` where a file is quantized from the 16-bit one."""
         return self._models(direct=False)

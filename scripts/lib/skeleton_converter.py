@@ -97,8 +97,8 @@ def note_rows(model: Any, rows: dict[str, Any]) -> None:
                     if any(tuple(each.shape) != tuple(tensor.shape) for _, each in made):
                         raise ValueError("is put together with others")
                     orders = row_orders(lambda probe: modify(probe, name, block), tuple(tensor.shape))
-                except (ValueError, RuntimeError, IndexError) as error:
-                    print(f"{type(self).__name__} {REFUSAL}: {name} {error}", file=sys.stderr)
+                except Exception as error:  # an architecture's own code may raise anything of a probe
+                    print(f"{type(self).__name__} {REFUSAL}: {name} {error or type(error).__name__}", file=sys.stderr)
                     sys.exit(UNSTREAMED)
                 rows.update((new, {"source": name, "order": order}) for new, order in orders.items())
             return made

@@ -15,9 +15,9 @@ from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
 from lib.calibration import size_problem
 from lib.checkpoint import rename_experts
 from lib.config import check_config, config_error, definition, suggest, with_defaults
+from lib.documents import ENDINGS, document_files
 from lib.jsonfile import read_json
 from lib.modelfile import kept, unheld, unheld_stop
-from lib.passages import ENDINGS, document_files
 from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES, source_type
 from lib.tensor_types import TensorTypes, pattern_problems, pure_problem
 from lib.train_method import MethodError, resolve_method

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lib.config import suggest
-from lib.passages import document_files
+from lib.documents import document_files
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
 from lib.spec import Model, Project
 

@@ -1,0 +1,70 @@
+"""How the disk fills while a model is built: what is there after each step, and what it takes meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lib import estimate
+from lib.spec import Model
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    A step of a plan. Sizes in bytes.
+
+    Attributes:
+        step: the rule's name.
+        added: what it leaves.
+        removed: what is let go after it.
+        held: what all files of the plan take afterwards.
+        peak: what they take while it runs.
+    """
+
+    step: str
+    added: int
+    removed: int
+    held: int
+    peak: int
+
+
+def disk_ledger(model: Model, *, direct: bool, keep_intermediates: bool, registered: bool = False) -> list[Entry]:
+    """
+    The disk that a model's default GGUF takes on its way, a base that is there already left out.
+
+    Args:
+        direct: it is built from base and adapter alone.
+        keep_intermediates: as the config says.
+        registered: it is then registered in a server that keeps its models on the same disk.
+    """
+    entries, held = [], 0
+    for step, added, removed, passing in _steps(model, direct, keep_intermediates, registered):
+        peak = held + added + passing
+        held += added - removed
+        entries.append(Entry(step, added=added, removed=removed, held=held, peak=peak))
+    return entries
+
+
+def _steps(model: Model, direct: bool, keep: bool, registered: bool) -> Iterator[tuple[str, int, int, int]]:
+    """Each step with what it adds, what is removed after it, and what it needs beside that while it runs."""
+    quant, base = model.default_quant, model.base
+    merged = round(estimate.weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16"))
+    source, quantized = (round(estimate.weight_bytes(model, kind)) for kind in (model.source_type, quant))
+    if base.path is None:
+        fetched = round(estimate.weight_bytes(model, "f16"))
+        # Beside a checkpoint that is imported from a GGUF lies that file.
+        yield "fetch_base", fetched, 0, round(0.6 * fetched) if base.gguf or base.pypi else 0
+    if model.adapter:
+        step = "train_adapter" if model.adapter.train else "import_adapter"
+        yield step, estimate.adapter_bytes(model), 0, 0
+    if direct and quant != model.source_type:
+        yield "build_direct", quantized, 0, 10**8
+    else:
+        yield "merge_adapter", merged, 0, 0
+        yield "convert_gguf", source, 0 if keep else merged, 0
+        if quant != model.source_type:
+            yield "quantize_gguf", quantized, 0 if keep else source, 0
+    if registered:
+        # Upload, the copy that the server writes, and the layer; one of them stays.
+        yield "register_model", quantized, 0, 3 * quantized

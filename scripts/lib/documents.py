@@ -1,0 +1,13 @@
+"""Which files are documents that questions are answered from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ENDINGS = (".md", ".txt")
+
+
+def document_files(folder: Path) -> list[Path]:
+    """The documents of a folder and of those in it, in the order of their names."""
+    files = folder.rglob("*") if folder.is_dir() else []
+    return sorted(file for file in files if file.suffix.lower() in ENDINGS and file.is_file())

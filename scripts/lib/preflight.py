@@ -1,0 +1,174 @@
+"""Whether a plan fits a machine: what each step needs, what is there, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lib import estimate
+from lib.disk_ledger import Entry, disk_ledger
+from lib.estimate import Needs
+from lib.machine import GIB, Card, Machine
+from lib.quant_types import SOURCE_TYPES
+from lib.quantize_path import QuantizedFile, QuantizePaths
+from lib.spec import Hardware, Model, Project
+
+FORMATS = ("fp32", "fp16", "int8", "4-bit")
+CONTEXT = 4096  # Ollama's own num_ctx
+RUN = "ollama run"
+REGISTER = "register_model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A step of a plan on a machine.
+
+    Attributes:
+        step: the rule's name, or RUN.
+        needs: what it asks for.
+        peak: bytes of disk that the plan takes while it runs; None for what is not built.
+        lacks: what is too small, in words; empty if it fits.
+        advice: what to change.
+        optional: it is not part of the plan unless it is asked for.
+    """
+
+    step: str
+    needs: Needs
+    peak: int | None
+    lacks: tuple[str, ...]
+    advice: tuple[str, ...]
+    optional: bool = False
+
+    @property
+    def fits(self) -> bool:
+        return not self.lacks
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """
+    A model's plan on a machine.
+
+    Attributes:
+        formats: bytes of its weights in memory, by FORMATS.
+        rows: of its steps.
+        ledger: how the disk fills, registering included.
+    """
+
+    model: str
+    formats: dict[str, int]
+    rows: tuple[Row, ...]
+    ledger: tuple[Entry, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(row.fits or row.optional for row in self.rows)
+
+
+def planned_machine(hardware: Hardware) -> Machine:
+    """The machine that config.yaml plans for, with nothing else on it."""
+    cards = tuple(Card("planned", round(size * GIB)) for size in hardware.gpus)
+    ram, disk = round(hardware.ram * GIB), round(hardware.disk * GIB)
+    return Machine(cards, ram=ram, available=ram, swap=0, cores=None, disk={".": disk})
+
+
+def preflight(name: str, project: Project, machine: Machine) -> Preflight:
+    """
+    Hold a model's plan against a machine.
+
+    Args:
+        machine: whose first place of disk is the working directory.
+    """
+    model = project.models[name]
+    direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
+    keep = project.keep_intermediates
+    ledger = disk_ledger(model, direct=direct, keep_intermediates=keep, registered=True)
+    peaks = {entry.step: entry.peak for entry in ledger}
+    free = next(iter(machine.disk.values()))
+    rows = []
+    steps = [*_steps(model, project.hardware, direct=direct), (RUN, _run_needs(model, machine))]
+    for step, needs in steps:
+        lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
+        advice = tuple(dict.fromkeys(word for lack in lacks for word in _advice(step, lack, model, direct, keep)))
+        optional = step in (REGISTER, RUN)
+        rows.append(Row(step, needs, peaks.get(step), tuple(lacks), advice, optional))
+    shape = estimate.shape_of(model)
+    formats = {kind: estimate.held_bytes(shape, kind) for kind in FORMATS}
+    return Preflight(name, formats, tuple(rows), tuple(ledger))
+
+
+def _steps(model: Model, hardware: Hardware, *, direct: bool) -> Iterator[tuple[str, Needs]]:
+    """The steps of a model's default GGUF and Modelfile, and what may follow."""
+    quant = model.default_quant
+    yield "fetch_base", estimate.fetch_needs(model)
+    yield "check_base", estimate.check_base_needs()
+    if model.adapter and model.adapter.train:
+        yield "train_adapter", estimate.train_needs(model, hardware)
+    elif model.adapter:
+        yield "import_adapter", estimate.import_needs(model)
+    if direct and quant not in SOURCE_TYPES:
+        yield "build_direct", estimate.direct_needs(model, [quant])
+    else:
+        yield "merge_adapter", estimate.merge_needs(model)
+        yield "convert_gguf", estimate.convert_needs(model)
+        if quant not in SOURCE_TYPES:
+            yield "quantize_gguf", estimate.quantize_needs(model, quant)
+    yield "render_modelfile", estimate.modelfile_needs(model)
+    yield REGISTER, estimate.register_needs(model)
+
+
+def _run_needs(model: Model, machine: Machine) -> Needs:
+    """The file and the keys and values of a context: on the machine's cards if they hold them, else in RAM."""
+    context = model.ollama.parameters.get("num_ctx", CONTEXT)
+    cache = estimate.cache_bytes(estimate.shape_of(model), context)
+    size = estimate.weight_bytes(model, model.default_quant) + cache
+    card = min((card.memory for card in machine.cards), default=0) - estimate.CUDA_BYTES
+    if card <= 0 or size > card * len(machine.cards):
+        return Needs(math.ceil(size / 1e6) + 500, disk_mb=0, runtime=0)
+    count = math.ceil(size / card)
+    each = math.ceil((size / count + estimate.CUDA_BYTES) / 1e6)
+    return Needs(1000, disk_mb=0, runtime=0, gpu=count, gpu_mem_mb=each)
+
+
+def _lacks(needs: Needs, machine: Machine) -> Iterator[str]:
+    large = [card for card in machine.cards if card.memory - card.used >= needs.gpu_mem_mb * 10**6]
+    if needs.gpu > len(large):
+        yield f"GPU: {len(large)} of {len(machine.cards)} have {needs.gpu_mem_mb / 1000:.1f} GB free"
+    if needs.mem_mb * 10**6 > machine.available:
+        yield f"RAM: {machine.available / 1e9:.1f} GB available"
+
+
+def _lacks_disk(peak: int | None, free: int) -> Iterator[str]:
+    if peak is not None and peak > free:
+        yield f"disk: the plan takes {peak / 1e9:.1f} GB until then, {free / 1e9:.1f} GB free"
+
+
+def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Iterator[str]:
+    """What to change for a step that does not fit."""
+    what = lack.partition(":")[0]
+    if what == "disk" and step == REGISTER:
+        yield "have the server keep its models on another disk (OLLAMA_MODELS)"
+    elif what == "disk":
+        if not direct:
+            yield "quantize.path: direct"
+        if not direct and keep:
+            yield "keep_intermediates: false"
+        yield "free some disk"
+    elif step == "train_adapter" and model.adapter and model.adapter.train:
+        train = model.adapter.train
+        if train.method != "qlora":
+            yield "train.method: qlora"
+        if not train.gradient_checkpointing:
+            yield "train.gradient_checkpointing: true"
+        yield "a smaller train.max_length or train.per_device_train_batch_size"
+        yield "train.offload.use_cpu_offload: true" if what == "GPU" else "close other programs"
+    elif step == RUN:
+        yield "a smaller ollama.parameters.num_ctx, or a smaller type in quantize.types"
+    elif what == "GPU":
+        yield "merge.device: cpu"
+    elif step in ("merge_adapter", "convert_gguf", "quantize_gguf"):
+        yield "quantize.path: direct"
+    else:
+        yield "close other programs"

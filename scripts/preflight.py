@@ -1,0 +1,166 @@
+"""Tell whether the models of config.yaml can be built on this machine, step by step, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.cli import FAILED, UsageError, run_script, script_parser
+from lib.config import suggest
+from lib.errors import ModelmillError
+from lib.jsonfile import write_json
+from lib.machine import Machine, model_store, this_machine
+from lib.preflight import Preflight, Row, planned_machine, preflight
+from lib.spec import Project, resolve_project
+from lib.toolchain import CompilerError, cache_folder, describe_compiler
+
+RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
+
+
+class ConfigFileError(ModelmillError):
+    """There is no config that could be read."""
+
+
+def read_project(paths: Sequence[Path], changes: Mapping[str, Any]) -> Project:
+    """
+    The resolved config of files, each over the one before, and of changes over them.
+
+    Raises:
+        ConfigFileError: no file, or no YAML.
+        ConfigError: listing every mistake.
+    """
+    config: dict[str, Any] = {}
+    for path in paths:
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigFileError(f"{path}: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigFileError(f"{path}: expected keys and values, found {found!r:.60}")
+        _put_over(config, found)
+    _put_over(config, changes)
+    return resolve_project(config)
+
+
+def _put_over(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            _put_over(config[key], value)
+        else:
+            config[key] = value
+
+
+def describe_machine(machine: Machine) -> Iterator[str]:
+    """What there is, line by line."""
+    cards = [
+        f"{card.name}, {(card.memory - card.used) / 1e9:.1f} of {card.memory / 1e9:.1f} GB free"
+        for card in machine.cards
+    ]
+    yield f"  GPU       {cards[0] if cards else 'none'}"
+    yield from (f"            {card}" for card in cards[1:])
+    yield f"  RAM       {machine.available / 1e9:.1f} of {machine.ram / 1e9:.1f} GB available"
+    yield f"  swap      {machine.swap / 1e9:.1f} GB"
+    yield from (f"  disk      {free / 1e9:.1f} GB free in {place}" for place, free in machine.disk.items())
+    if machine.cores is not None:
+        try:
+            compiler = describe_compiler()
+        except CompilerError as error:
+            compiler = f"none: {error}"
+        yield f"  cores     {machine.cores}"
+        yield f"  compiler  {compiler}"
+
+
+def describe(found: Preflight, *, colour: bool) -> Iterator[str]:
+    """A model's plan, in lines of at most 80 columns."""
+    yield f"{found.model}: weights in memory"
+    yield "  " + "   ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in found.formats.items())
+    yield ""
+    yield f"{'step':<16} {'GPU':<12} {'RAM':>8} {'disk':>9} {'time':>8}"
+    for row in found.rows:
+        yield _line(row, colour=colour)
+        yield from (f"    {lack}" for lack in row.lacks)
+        yield from (f"    → {each}" for each in row.advice)
+    peak = max(entry.peak for entry in found.ledger if entry.step != found.ledger[-1].step)
+    yield f"disk is that of all files by then; the plan takes {peak / 1e9:.1f} GB at its fullest"
+
+
+def _line(row: Row, *, colour: bool) -> str:
+    needs = row.needs
+    cards = f"{needs.gpu} × {needs.gpu_mem_mb / 1000:.1f} GB" if needs.gpu else "-"
+    disk = "-" if row.peak is None else f"{row.peak / 1e9:.1f} GB"
+    time = f"{needs.runtime} min" if needs.runtime else "-"
+    word = "fits" if row.fits else "no"
+    shown = f"{GREEN if row.fits else RED}{word}{PLAIN}" if colour else word
+    asked = ", if asked for" if row.optional else ""
+    return f"{row.step:<16} {cards:<12} {needs.mem_mb / 1000:>5.1f} GB {disk:>9} {time:>8}  {shown}{asked}"
+
+
+def as_json(machine: Machine, plans: Sequence[Preflight]) -> dict[str, Any]:
+    """Everything that is told, for programs."""
+    rows = {plan.model: [{**dataclasses.asdict(row), "fits": row.fits} for row in plan.rows] for plan in plans}
+    return {
+        "machine": dataclasses.asdict(machine),
+        "fits": all(plan.fits for plan in plans),
+        "models": {
+            plan.model: {
+                "fits": plan.fits,
+                "formats": plan.formats,
+                "steps": rows[plan.model],
+                "ledger": [dataclasses.asdict(entry) for entry in plan.ledger],
+            }
+            for plan in plans
+        },
+    }
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected an object, found {text[:60]}")
+    return value
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    project = read_project(arguments.config, arguments.changes)
+    names = arguments.model or list(project.models)
+    for name in names:
+        if name not in project.models:
+            raise UsageError(f"--model: unknown model {name!r}{suggest(name, list(project.models))}")
+    here = this_machine(Path(), cache_folder(), model_store())
+    machine = planned_machine(project.hardware) if arguments.planned else here
+    plans = [preflight(name, project, machine) for name in names]
+    print("the machine that config.yaml plans for" if arguments.planned else "this machine")
+    print(*describe_machine(machine), sep="\n")
+    for plan in plans:
+        print("", *describe(plan, colour=sys.stdout.isatty()), sep="\n")
+    if arguments.json:
+        write_json(arguments.json, as_json(machine, plans))
+    if not all(plan.fits for plan in plans):
+        sys.exit(FAILED)
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__, threads=False)
+    parser.add_argument(
+        "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="what is to be built"
+    )
+    parser.add_argument("--changes", type=_mapping, default={}, metavar="JSON", help="put over what the files say")
+    parser.add_argument("--model", action="append", metavar="NAME", help="may be repeated; left out, every model")
+    parser.add_argument("--planned", action="store_true", help="the machine of config.yaml instead of this one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON")
+    run_script(parser, _work)
+
+
+if __name__ == "__main__":
+    main()

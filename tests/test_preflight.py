@@ -1,0 +1,169 @@
+"""Whether a plan fits: the shipped 32B on machines that are large enough, and on ones that are not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_snakemake
+
+from lib.machine import GIB, Card, Machine
+from lib.preflight import RUN, Preflight, planned_machine, preflight
+from lib.spec import Project, resolve_project
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    """The shipped config, in a folder in which nothing is built."""
+    monkeypatch.chdir(ROOT)
+    shipped = resolve_project(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")))
+    monkeypatch.chdir(tmp_path)
+    return shipped
+
+
+@pytest.fixture
+def reference(project: Project) -> Machine:
+    return planned_machine(project.hardware)
+
+
+def told(plan: Preflight) -> dict[str, tuple[str, ...]]:
+    """What is lacking, by step."""
+    return {row.step: row.lacks for row in plan.rows if row.lacks}
+
+
+def test_the_32b_fits_the_reference_machine_directly(project: Project, reference: Machine) -> None:
+    plan = preflight("deepseek32b", project, reference)
+    assert plan.fits
+    assert set(told(plan)) == {"register_model"}  # four more copies, if its server keeps them here
+    assert [row.step for row in plan.rows if not row.optional] == [
+        "fetch_base",
+        "check_base",
+        "train_adapter",
+        "build_direct",
+        "render_modelfile",
+    ]
+    fullest = max(row.peak or 0 for row in plan.rows if not row.optional)
+    assert 85e9 < fullest < 100 * GIB
+
+
+def test_weights_per_format(project: Project, reference: Machine) -> None:
+    """The report's first table: 128, 64, 32 and 16 GB, of 32 G weights; embeddings are not quantized."""
+    formats = preflight("deepseek32b", project, reference).formats
+    assert {kind: round(size / 1e9, 1) for kind, size in formats.items()} == {
+        "fp32": 131.1,
+        "fp16": 65.5,
+        "int8": 34.6,
+        "4-bit": 19.3,
+    }
+
+
+def test_staged_it_does_not(project: Project, reference: Machine) -> None:
+    model = project.models["deepseek32b"]
+    staged = replace(model, quantize=replace(model.quantize, path="staged"))
+    plan = preflight("deepseek32b", replace(project, models={"deepseek32b": staged}), reference)
+    assert not plan.fits
+    assert set(told(plan)) == {"merge_adapter", "convert_gguf", "quantize_gguf", "register_model"}
+    merge = next(row for row in plan.rows if row.step == "merge_adapter")
+    assert merge.lacks == ("disk: the plan takes 131.6 GB until then, 107.4 GB free",)
+    assert merge.advice[:2] == ("quantize.path: direct", "keep_intermediates: false")
+
+
+@pytest.mark.parametrize(
+    ("cards", "lack"),
+    [
+        ((), "GPU: 0 of 0 have"),
+        ((Card("a", 24 * GIB),), "GPU: 1 of 1 have"),
+        ((Card("a", 24 * GIB), Card("b", 24 * GIB, used=8 * GIB)), "GPU: 1 of 2 have"),
+    ],
+)
+def test_cards_that_are_too_few_or_taken(
+    cards: tuple[Card, ...], lack: str, project: Project, reference: Machine
+) -> None:
+    plan = preflight("deepseek32b", project, replace(reference, cards=cards))
+    assert not plan.fits
+    assert told(plan)["train_adapter"][0].startswith(lack)
+
+
+def test_too_little_memory(project: Project, reference: Machine) -> None:
+    plan = preflight("demo", project, replace(reference, available=10**9))
+    assert not plan.fits
+    assert told(plan)["train_adapter"] == ("RAM: 1.0 GB available",)
+
+
+def test_the_result_runs_on_cards_or_in_memory(project: Project, reference: Machine) -> None:
+    def needs(machine: Machine) -> tuple[int, int, int]:
+        row = next(row for row in preflight("deepseek32b", project, machine).rows if row.step == RUN)
+        return row.needs.gpu, row.needs.gpu_mem_mb, row.needs.mem_mb
+
+    # 20 GB of weights, and 8192 tokens of keys and values for 64 layers of 8 heads of 128 in 16 bits.
+    size = (32_763_281_408 * 4.89 / 8 + 2 * 2 * 8192 * 64 * 8 * 128) / 1e6
+    cards, each, _ = needs(reference)
+    assert cards == 1 and 0 < each - size < 1000
+    assert needs(replace(reference, cards=(Card("a", 16 * GIB), Card("b", 16 * GIB))))[0] == 2
+    cards, _, memory = needs(replace(reference, cards=(Card("a", 8 * GIB),)))
+    assert cards == 0 and 0 < memory - size < 1000
+
+
+def run(*options: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/preflight.py", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_the_script(tmp_path: Path) -> None:
+    done = run("--planned", "--model", "deepseek32b", "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\033" not in done.stdout
+    assert "build_direct" in done.stdout and "4-bit 19.3 GB" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["models"]["deepseek32b"]["fits"]
+    assert {row["step"]: row["fits"] for row in plan["models"]["deepseek32b"]["steps"]}["register_model"] is False
+    assert plan["machine"]["ram"] == 48 * GIB
+
+
+def test_a_plan_that_does_not_fit_ends_with_1(tmp_path: Path) -> None:
+    changes = '{"hardware": {"gpus": [24, 24], "ram": 48, "disk": 50}}'
+    done = run("--planned", "--model", "deepseek32b", "--changes", changes)
+    assert done.returncode == 1
+    assert "    disk: the plan takes 65.5 GB until then, 53.7 GB free" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (("--model", "deepsek32b"), 2, "unknown model 'deepsek32b'; did you mean 'deepseek32b'?"),
+        (("--config", "missing.yaml"), 1, "missing.yaml"),
+        (("--changes", "[]"), 2, "expected an object"),
+        (("--changes", "{"), 2, "no valid JSON"),
+        (("--changes", '{"modles": {}}'), 1, "unknown key 'modles'"),
+    ],
+)
+def test_wrong_use(options: tuple[str, ...], status: int, said: str) -> None:
+    done = run(*options)
+    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["models: [", "- a\n", "\x00"])
+def test_no_config_at_all(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    done = run("--config", tmp_path / "c.yaml")
+    assert done.returncode == 1 and "c.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_rule_always_runs_and_takes_snakemakes_config(project: Project, tmp_path: Path) -> None:
+    """The demo alone, whose plan fits any machine that runs these tests."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    del config["models"]["deepseek32b"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    for _ in range(2):
+        done = run_snakemake(tmp_path, "-j1", "preflight", "--config", "keep_intermediates=False")
+        assert done.returncode == 0, done.stderr
+        assert "quantize_gguf" in done.stdout + done.stderr
+        (tmp_path / "reports/preflight.json").unlink()
