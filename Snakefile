@@ -37,3 +37,4 @@ include: "rules/wrong_targets.smk"
 
 onstart:
     refuse_lost_targets()
+    refuse_small_machine()

@@ -163,6 +163,7 @@ rule convert_adapter:
         " --base {params.base:q}"
         " --base-manifest {input.base:q}"
         " --adapter adapters/{wildcards.model}"
+        " --name {wildcards.model}"
         " --output {output.gguf:q}"
         " {params.llama_cpp}"
         " --log {log:q}"

@@ -14,19 +14,20 @@ from snakemake.io import is_flagged
 ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
 sys.path.insert(0, f"{ROOT}/scripts")
 
+from lib import estimate
 from lib.checkpoint import is_side_file
 from lib.code import code_digest
-from lib import estimate
+from lib.config import as_yaml, put_over
+from lib.documents import document_files
 from lib.errors import ModelmillError
 from lib.options import as_options
-from lib.documents import document_files
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.spec import resolve_project, resolved_methods
 from lib.targets import ADAPTER, explain_target, final_files, model_names, wrong_targets
 
 try:
-    PROJECT = resolve_project(config)
+    PROJECT = resolve_project(put_over(config, as_yaml(workflow.config_settings.config)))
 except ModelmillError as error:
     raise WorkflowError(str(error)) from None
 
@@ -258,12 +259,47 @@ def questions_options(wildcards):
 
 
 def rag_documents(wildcards):
-    return [str(file) for file in document_files(Path(spec(wildcards.model).rag.documents))]
+    # Snakemake takes braces for wildcards.
+    files = document_files(Path(spec(wildcards.model).rag.documents))
+    return [str(file).replace("{", "{{").replace("}", "}}") for file in files]
 
 
 def explain_wrong_target(wildcards):
     # Not an exception of Snakemake's: it would show a traceback of this function to the user.
     sys.exit(explain_target(wildcards.wrong, PROJECT))
+
+
+def planned_jobs():
+    """The jobs of this run in an order in which they can run, with what is let go after each."""
+    from lib.preflight import PlannedJob
+
+    needed = set(workflow.dag.needrun_jobs())
+    in_order = [job for level in workflow.dag.toposorted(needed) for job in sorted(level, key=str)]
+    last = {str(file): job for job in in_order for file in job.input}
+    removed = dict.fromkeys(in_order, 0)
+    for job in in_order:
+        for file in job.output:
+            if is_flagged(file, "temp") and str(file) in last:
+                removed[last[str(file)]] += job.resources.disk_mb * 10**6
+    for job in in_order:
+        asked = {name: job.resources.get(name, 0) for name in ("mem_mb", "disk_mb", "runtime", "gpu", "gpu_mem_mb")}
+        name = " ".join(filter(None, [job.rule.name, *job.wildcards]))
+        yield PlannedJob(name, estimate.Needs(**asked), removed[job])
+
+
+def refuse_small_machine():
+    """Refuse a local run that this machine is too small for; on a cluster its scheduler decides."""
+    if PROJECT.force or workflow.non_local_exec:
+        return
+    # Not above, since every dry run would wait for these imports.
+    from lib.machine import this_machine
+    from lib.preflight import too_large
+
+    lines = too_large(list(planned_jobs()), this_machine(Path()))
+    if lines:
+        told = ["this machine is too small for the plan (nothing was run):", *lines]
+        told += ["see snakemake preflight for what to change; --config force=true runs it all the same"]
+        raise WorkflowError("\n  ".join(told))
 
 
 def refuse_lost_targets():

@@ -40,7 +40,7 @@ rule register_model:
         " --gguf {input.gguf:q}"
         " --chat {input.chat:q}"
         " --tokenizer {params.tokenizer:q}"
-        " --name {params.name}"
+        " --name {params.name:q}"
         " {params.system}"
         " --messages {params.messages:q}"
         " --parameters {params.parameters:q}"

@@ -19,7 +19,7 @@ rule preflight:
         python=interpreter,
         script=script("preflight.py"),
         files=lambda wildcards, input: shlex.join(map(str, workflow.configfiles)),
-        changes=lambda wildcards, input: json.dumps(dict(workflow.config_settings.config)),
+        changes=lambda wildcards, input: json.dumps(as_yaml(workflow.config_settings.config)),
     shell:
         "{params.python} {params.script:q}"
         " --config {params.files}"

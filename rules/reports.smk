@@ -188,13 +188,15 @@ rule answer_from_documents:
         code=code_digest("answer_from_documents.py"),
         name=ollama_name,
         system=system_option,
+        messages=ollama_messages,
         settings=lambda w: as_options(spec(w.model).rag),
         llama_cpp=llama_cpp_options(),
     shell:
         "{params.python} {params.script:q}"
         " --gguf {input.gguf:q}"
-        " --name {params.name}"
+        " --name {params.name:q}"
         " {params.system}"
+        " --messages {params.messages:q}"
         " {params.settings}"
         " --output {output.report:q}"
         " {params.llama_cpp}"

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lib.cli import run_script, script_parser
+from lib.config import definition
 from lib.console import note, progress, say
 from lib.errors import ModelmillError
 from lib.jsonfile import write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.llama_server import serving
 from lib.manifest import read_file_manifest
-from lib.ollama_server import OllamaError, OllamaServer
-from lib.options import add_settings
-from lib.passages import Passage, PassageIndex, read_passages
+from lib.ollama_server import OllamaError, OllamaServer, weights_name
+from lib.options import add_json_setting, add_setting, add_settings
+from lib.passages import HEADING, Passage, PassageIndex, read_passages
 from lib.questions import Question, read_questions
 
-CONTEXT = 4096  # tokens of passages, question and answer, where llama.cpp answers
+QUESTION_TOKENS = 512  # of a question, the prompt around it and what is said before it
+LEAST_CONTEXT = 2048
 
 Ask = Callable[[str], str]
 
@@ -34,6 +36,7 @@ def answer_from_documents(
     gguf: Path,
     name: str | None,
     system: str | None,
+    messages: Sequence[Mapping[str, str]],
     documents: Path,
     questions: Path,
     passages: int,
@@ -51,7 +54,7 @@ def answer_from_documents(
     Args:
         gguf: the model, with its manifest.
         name: in Ollama; where a server has these weights under that name it answers, else llama.cpp.
-        system: system prompt, for llama.cpp; a registered model brings its own.
+        system, messages: what is said before each question, for llama.cpp; a registered model brings its own.
         documents: folder of texts.
         questions: JSONL file.
         passages: how many go with a question.
@@ -70,13 +73,19 @@ def answer_from_documents(
     index = PassageIndex(read_passages(documents, longest=passage_characters))
     sha256 = read_file_manifest(gguf)["sha256"]
     rows = []
-    with (
-        _answering(gguf, sha256, name, system, max_tokens=max_tokens, llama_cpp=llama_cpp, threads=threads) as (
-            by,
-            ask,
-        ),
-        progress("answering from documents", total=len(asked), unit="question") as bar,
-    ):
+    before = [{"role": "system", "content": system}] if system else []
+    # A character of a writing without spaces can be more than one token.
+    held = 2 * (passages * (passage_characters + HEADING) + sum(len(each["content"]) for each in (*before, *messages)))
+    context = max(LEAST_CONTEXT, held + QUESTION_TOKENS + max_tokens)
+    if (server := _server_with(name, sha256)) is not None:
+        answering = _asking_ollama(server, name or "", max_tokens=max_tokens, context=context)
+    else:
+        program = llama_cpp.tool("llama-server")
+        answering = _asking_llama_cpp(
+            gguf, [*before, *messages], program=program, max_tokens=max_tokens, context=context, threads=threads
+        )
+    by = "llama.cpp" if server is None else "Ollama"
+    with answering as ask, progress("answering from documents", total=len(asked), unit="question") as bar:
         say(f"asking {len(asked)} questions, with and without passages of {documents}, of {gguf} in {by}")
         for question in asked:
             found = index.find(question.text, count=passages)
@@ -99,30 +108,27 @@ def answer_from_documents(
 
 
 @contextmanager
-def _answering(
-    gguf: Path,
-    sha256: str,
-    name: str | None,
-    system: str | None,
-    *,
-    max_tokens: int,
-    llama_cpp: LlamaCpp,
-    threads: int,
-) -> Iterator[tuple[str, Ask]]:
-    """Who answers, and how it is asked."""
-    server = None if name is None else _server_with(name, sha256)
-    if name is not None and server is not None:
-        yield "Ollama", lambda text: server.answer(text, model=name, max_tokens=max_tokens).text
-        return
-    with serving(gguf, program=llama_cpp.tool("llama-server"), threads=threads, context=CONTEXT) as own:
-        yield "llama.cpp", lambda text: own.answer(text, max_tokens=max_tokens, system=system)
+def _asking_ollama(server: OllamaServer, name: str, *, max_tokens: int, context: int) -> Iterator[Ask]:
+    yield lambda text: server.answer(text, model=name, max_tokens=max_tokens, context=context).text
 
 
-def _server_with(name: str, sha256: str) -> OllamaServer | None:
+@contextmanager
+def _asking_llama_cpp(
+    gguf: Path, before: Sequence[Mapping[str, str]], *, program: Path, max_tokens: int, context: int, threads: int
+) -> Iterator[Ask]:
+    with serving(gguf, program=program, threads=threads, context=context) as server:
+        yield lambda text: server.answer(text, max_tokens=max_tokens, before=before)
+
+
+def _server_with(name: str | None, sha256: str) -> OllamaServer | None:
+    """A server that has these weights under that name, perhaps written anew when they were registered."""
+    if name is None:
+        return None
     try:
         server = OllamaServer()
         server.version()
-        if server.weights_of(name) == sha256:
+        held = server.weights_of(name)
+        if held is not None and held in (sha256, server.weights_of(weights_name(name, sha256))):
             return server
     except OllamaError as error:
         note(str(error))
@@ -133,7 +139,7 @@ def _server_with(name: str, sha256: str) -> OllamaServer | None:
 
 def _fill(prompt: str, question: str, found: list[Passage]) -> str:
     # Not by format(), which would stumble over the braces of a passage.
-    texts = "\n\n".join(passage.text for passage in found)
+    texts = "\n\n".join(f"{each.heading}\n{each.text}" if each.heading else each.text for each in found)
     before, _, after = prompt.partition("{passages}")
     return f"{before.replace('{question}', question)}{texts}{after.replace('{question}', question)}"
 
@@ -143,7 +149,7 @@ def _row(question: Question, found: list[Passage], answers: dict[str, str]) -> d
         "question": question.text,
         "expect": [list(part) for part in question.expect],
         "passages": [{"source": each.source, "heading": each.heading, "text": each.text} for each in found],
-        "found": question.is_answered("\n".join(each.text for each in found)),
+        "found": question.is_answered("\n".join(f"{each.heading}\n{each.text}" for each in found)),
         **{way: {"answer": text, "right": question.is_answered(text)} for way, text in answers.items()},
     }
 
@@ -152,8 +158,9 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="the model")
-    parser.add_argument("--name", help="name in Ollama, where a server is to answer that has these weights")
+    add_setting(parser, "ollama", "name")
     parser.add_argument("--system", metavar="TEXT", help="system prompt, where llama.cpp answers")
+    add_json_setting(parser, "messages", definition("ollama")["properties"]["messages"])
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the report")
     add_settings(parser, "rag")
     add_llama_cpp_options(parser)
@@ -163,6 +170,7 @@ def main() -> None:
             gguf=arguments.gguf,
             name=arguments.name,
             system=arguments.system,
+            messages=arguments.messages,
             documents=Path(arguments.documents),
             questions=Path(arguments.questions),
             passages=arguments.passages,

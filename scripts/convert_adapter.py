@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_folder import CONFIG, WEIGHTS, write_config
-from lib.checkpoint import checkpoint_files
 from lib.cli import run_script, script_parser
 from lib.console import say
 from lib.gguf_file import GgufError, GgufFile, read_gguf
 from lib.jsonfile import read_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.lora import LoraError, LowRank, Update, read_lora
-from lib.manifest import describe_file, identify_folder, write_file_manifest
+from lib.manifest import describe_file, write_file_manifest
+from lib.merge_inputs import read_merge
 from lib.origin import LORA
 from lib.outputs import finished_file, scratch_folder
 from lib.process import run_program
@@ -34,6 +34,7 @@ def convert_adapter(
     base_manifest: Path | None,
     adapter: Path,
     adapter_manifest: Path | None,
+    name: str,
     output: Path,
     llama_cpp: LlamaCpp,
     threads: int,
@@ -45,28 +46,35 @@ def convert_adapter(
     (rsLoRA with one rank, patterns of the rank) the file has the alpha that gives them; others are refused.
 
     Args:
-        base: checkpoint that the adapter belongs to; of its files only config.json is read.
+        base: checkpoint that the adapter belongs to.
         base_manifest, adapter_manifest: their manifests, where these are not in the folders themselves.
         adapter: folder in peft's format.
+        name: of the model, for general.name.
 
     Returns:
         The manifest of the file.
 
     Raises:
-        LoraError: no adapter, or one that is more than low-rank products with a common alpha.
+        CheckpointError, ManifestError: base or adapter are not whole.
+        LoraError: no adapter, one that does not fit the base, or one that is more than low-rank products with a common
+            alpha.
         ProgramError: llama.cpp's converter refused it.
         GgufError: what it wrote is not the whole adapter.
     """
     factors, alpha = _common_alpha(read_lora(adapter), where=adapter)
-    origin = {
-        "adapter": identify_folder(
-            adapter, adapter_manifest, artifact="adapter", names=lambda _: [CONFIG, WEIGHTS], threads=threads
-        ),
-        "base": identify_folder(base, base_manifest, artifact="base", names=checkpoint_files, threads=threads),
-    }
+    # As for a merge, which tells an adapter that does not fit.
+    held = read_merge(
+        base=base,
+        base_manifest=base_manifest,
+        adapter=adapter,
+        adapter_manifest=adapter_manifest,
+        dtype="float16",
+        base_weights="original",
+        threads=threads,
+    )
+    origin = {role: held.origin[role] for role in ("adapter", "base")}
     say(f"converting {adapter} to GGUF, {len(factors)} pairs of factors, alpha {alpha:g}")
     with finished_file(output) as partial, scratch_folder(output.with_name(f".{output.name}.scratch")) as folder:
-        # Folders of these names, since the converter writes theirs into the file.
         (folder / "base").mkdir()
         (folder / "adapter").mkdir()
         shutil.copy(base / "config.json", folder / "base")
@@ -74,8 +82,9 @@ def convert_adapter(
         told = {**read_json(adapter / CONFIG), "lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
         write_config(told, folder / "adapter", base_name="base")
         command = [sys.executable, llama_cpp.source / "convert_lora_to_gguf.py", folder / "adapter"]
-        command += ["--base", folder / "base", "--outfile", partial, "--outtype", "f32"]
+        command += ["--base", folder / "base", "--outfile", folder / "adapter.gguf", "--outtype", "f32"]
         run_program(command, output=output)
+        _say_origin(folder / "adapter.gguf", partial, origin, name=name, llama_cpp=llama_cpp)
         _check(read_gguf(partial), pairs=len(factors), alpha=alpha)
         facts = describe_file(partial)
     made_by = {"llama_cpp": llama_cpp.commit, "type": LORA}
@@ -116,6 +125,30 @@ def _common_alpha(updates: Mapping[str, Update], *, where: Path) -> tuple[dict[s
     return factors, alpha
 
 
+def _say_origin(source: Path, output: Path, origin: Mapping[str, Any], *, name: str, llama_cpp: LlamaCpp) -> None:
+    """Copy a GGUF with what it was made from in its metadata, instead of the names of folders."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
+
+    read = GGUFReader(source)
+    writer = GGUFWriter(output, read.fields[Keys.General.ARCHITECTURE].contents())
+    for key, field in read.fields.items():
+        if not key.startswith("GGUF.") and key not in (Keys.General.ARCHITECTURE, Keys.General.NAME):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+    told = [
+        f"LoRA adapter sha256:{origin['adapter']['digest']}",
+        f"for the base sha256:{origin['base']['digest']}",
+        f"llama.cpp {llama_cpp.commit}",
+    ]
+    writer.add_key_value(Keys.General.NAME, name, GGUFValueType.STRING)
+    writer.add_key_value(Keys.General.DESCRIPTION, "; ".join(told), GGUFValueType.STRING)
+    for tensor in read.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _check(file: GgufFile, *, pairs: int, alpha: float) -> None:
     """
     Raises:
@@ -136,6 +169,7 @@ def main() -> None:
     parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="adapter in peft's format")
     parser.add_argument("--adapter-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument("--name", default="model", help="name of the model, written into the file")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the GGUF file")
     add_llama_cpp_options(parser)
 
@@ -145,6 +179,7 @@ def main() -> None:
             base_manifest=arguments.base_manifest,
             adapter=arguments.adapter,
             adapter_manifest=arguments.adapter_manifest,
+            name=arguments.name,
             output=arguments.output,
             llama_cpp=llama_cpp_from(arguments, tools=()),
             threads=arguments.threads,

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lib.cli import FAILED, UsageError, run_script, script_parser
-from lib.config import suggest
+from lib.config import put_over, suggest
 from lib.errors import ModelmillError
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
@@ -44,17 +44,8 @@ def read_project(paths: Sequence[Path], changes: Mapping[str, Any]) -> Project:
             raise ConfigFileError(f"{path}: {error}") from error
         if not isinstance(found, dict):
             raise ConfigFileError(f"{path}: expected keys and values, found {found!r:.60}")
-        _put_over(config, found)
-    _put_over(config, changes)
-    return resolve_project(config)
-
-
-def _put_over(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
-            _put_over(config[key], value)
-        else:
-            config[key] = value
+        config = put_over(config, found)
+    return resolve_project(put_over(config, changes))
 
 
 def describe_machine(machine: Machine) -> Iterator[str]:

@@ -11,15 +11,21 @@ from lib.checkpoint import license_of
 from lib.cli import run_script, script_parser
 from lib.config import definition
 from lib.console import note, progress, say
+from lib.errors import ModelmillError
 from lib.gguf_file import read_gguf
 from lib.jsonfile import read_json, write_json
 from lib.manifest import read_file_manifest
-from lib.ollama_server import OllamaError, OllamaServer, refuse_full_disk
-from lib.options import add_json_setting
+from lib.ollama_server import OllamaError, OllamaServer, refuse_full_disk, weights_name
+from lib.options import add_json_setting, add_setting
 from lib.questions import Question, read_questions
 
-SHORT = 12  # hex digits of a digest in the name that weights have
+# Keys of a GGUF that tell what it was made from; the type may be told otherwise by another version.
+TOLD = ("general.architecture", "general.description", "general.base_model.", "general.dataset.")
 GREETING = Question("Hello! Who are you?", ())  # where no questions are configured
+
+
+class ChatReportError(ModelmillError):
+    """What is known of the chat template cannot be read."""
 
 
 def register_model(
@@ -56,24 +62,25 @@ def register_model(
 
     Raises:
         ManifestError: the weights are not whole.
+        ChatReportError: `chat` is no such report.
         OllamaError: no server, it refuses, its weights are others, or the model says nothing.
     """
     sha256 = read_file_manifest(gguf)["sha256"]
     asked = [GREETING] if questions is None else read_questions(questions)
-    talk = read_json(chat)
+    template, stops = _read_chat(chat)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
     server = OllamaServer()
     version = server.version()
-    stem = name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name
-    weights = f"{stem}:w-{sha256[:SHORT]}"
+    weights = weights_name(name, sha256)
     say(f"registering {gguf} as {name} with Ollama {version} at {server.url}")
     _provide_weights(server, weights, gguf, sha256)
     server.create(
         name,
         source=weights,
-        template=talk["template"]["text"],
+        template=template,
         system=system,
-        parameters={**parameters, "stop": list(dict.fromkeys([*talk["stops"], *parameters.get("stop", [])]))},
+        parameters={**parameters, "stop": list(dict.fromkeys([*stops, *parameters.get("stop", [])]))},
         messages=messages,
         license_text=license_of(tokenizer),
     )
@@ -95,6 +102,23 @@ def register_model(
     return receipt
 
 
+def _read_chat(path: Path) -> tuple[str | None, list[str]]:
+    """
+    Ollama's template and the texts that end an answer.
+
+    Raises:
+        ChatReportError: no report of render_modelfile.py.
+    """
+    try:
+        found = read_json(path)
+        template, stops = found["template"]["text"], found["stops"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ChatReportError(f"{path} is no report of render_modelfile.py: {error!r}") from error
+    if not isinstance(template, str | None) or not isinstance(stops, list):
+        raise ChatReportError(f"{path} is no report of render_modelfile.py: template or stops are of another form")
+    return template, stops
+
+
 def _provide_weights(server: OllamaServer, name: str, gguf: Path, sha256: str) -> None:
     if server.weights_of(name) is not None:
         say(f"the server has the weights already, as {name}")
@@ -114,7 +138,8 @@ def _compare(server: OllamaServer, name: str, gguf: Path, *, sha256: str, layer:
     """
     Hold the server's weights against the file.
 
-    Some versions write a file anew; the digests in its metadata then still tell which model it is.
+    Some versions write a file anew; the digests in its metadata then still tell which model it is. The name is none of
+    them: the server keeps that to itself.
 
     Raises:
         OllamaError: they are of another model.
@@ -122,7 +147,7 @@ def _compare(server: OllamaServer, name: str, gguf: Path, *, sha256: str, layer:
     if layer == sha256:
         return
     shown, metadata = server.metadata_of(name), read_gguf(gguf).metadata
-    ours = {key: value for key, value in metadata.items() if key.startswith("general.") and not isinstance(value, list)}
+    ours = {key: value for key, value in metadata.items() if key.startswith(TOLD)}
     other = sorted(key for key, value in ours.items() if shown.get(key) != value)
     if layer is None or other or not ours:
         raise OllamaError(
@@ -170,7 +195,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="the weights")
     parser.add_argument("--chat", type=Path, required=True, metavar="FILE", help="the report of render_modelfile.py")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the base, for its licence")
-    parser.add_argument("--name", required=True, help="name in Ollama, as in demo or someone/demo:short")
+    add_setting(parser, "ollama", "name", required=True)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     for name in ("messages", "parameters"):
         add_json_setting(parser, name, definition("ollama")["properties"][name])

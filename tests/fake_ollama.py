@@ -107,6 +107,9 @@ def metadata_of(content: bytes) -> dict[str, Any]:
         except ValueError:
             return {}
         told = {name: each.contents() for name, each in fields.items() if not name.startswith("GGUF.")}
+    # What the server keeps to itself.
+    for name in ("general.name", "tokenizer.chat_template"):
+        told.pop(name, None)
     return {name: None if isinstance(value, list) else value for name, value in told.items()}
 
 

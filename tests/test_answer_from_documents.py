@@ -51,6 +51,7 @@ def ask(folder: Path, *, llama_cpp: LlamaCpp | None = None, **changes: Any) -> d
         "gguf": folder / "tiny.gguf",
         "name": "tiny",
         "system": None,
+        "messages": [],
         "documents": folder / "documents",
         "questions": folder / "ask.jsonl",
         "passages": 1,
@@ -77,9 +78,15 @@ def test_ollama_answers_where_it_has_the_weights(server: FakeOllama, workplace: 
     assert second["passages"][0]["source"] == "検証.txt" and third["passages"] == []
     prompts = [body["messages"][-1]["content"] for body in server.requests("POST /api/chat")]
     assert prompts[0] == "How much does the direct path take?"
-    assert prompts[1] == PROMPT.replace("{passages}", "The direct path takes {20} GB.").replace(
-        "{question}", prompts[0]
-    )
+    filled = PROMPT.replace("{passages}", "Disk\nThe direct path takes {20} GB.").replace("{question}", prompts[0])
+    assert prompts[1] == filled
+
+
+def test_ollama_answers_with_weights_that_it_wrote_anew(server: FakeOllama, workplace: Path) -> None:
+    anew = write_weights(workplace / "anew.gguf", padding=8).read_bytes()
+    server.rewrite = lambda _: anew
+    assert register(workplace, questions=None)["weights"]["rewritten"]
+    assert ask(workplace)["answered_by"] == "Ollama"
 
 
 def test_too_little_gain_is_a_failure_that_leaves_the_answers(server: FakeOllama, workplace: Path) -> None:
@@ -102,9 +109,9 @@ def test_llama_cpp_answers_where_ollama_cannot(
     asked = []
     answer = LlamaServer.answer
 
-    def noted(self: LlamaServer, question: str, *, max_tokens: int, system: str | None) -> str:
-        asked.append(system)
-        return answer(self, question, max_tokens=max_tokens, system=system)
+    def noted(self: LlamaServer, question: str, *, max_tokens: int, before: list[dict[str, str]]) -> str:
+        asked.append(before)
+        return answer(self, question, max_tokens=max_tokens, before=before)
 
     monkeypatch.setattr(LlamaServer, "answer", noted)
     if there == "other weights":
@@ -113,11 +120,12 @@ def test_llama_cpp_answers_where_ollama_cannot(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free.getsockname()[1]}")
-    report = ask(workplace, gguf=built / "models/tiny.q4_k_m.gguf", llama_cpp=llama_cpp, min_gain=0, system="Brief.")
+    said = {"system": "Brief.", "messages": [{"role": "user", "content": "Hi"}]}
+    report = ask(workplace, gguf=built / "models/tiny.q4_k_m.gguf", llama_cpp=llama_cpp, min_gain=0, **said)
     assert report["answered_by"] == "llama.cpp" and report["found"] == 2
     # The tiny model has nothing to say to some.
-    assert len(asked) == 6 and all(system == "Brief." for system in asked)
-    assert server.requests("POST /api/chat") == []
+    assert asked == [[{"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}]] * 6
+    assert [body for body in server.requests("POST /api/chat") if "GB" in str(body)] == []
 
 
 def test_what_is_checked_before_anything_starts(workplace: Path) -> None:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from lib.config import ConfigError, check_config, fill_by_method, schema, suggest, with_defaults
+from lib.config import ConfigError, as_yaml, check_config, fill_by_method, put_over, schema, suggest, with_defaults
 
 GOOD = """
 models:
@@ -183,6 +183,9 @@ def test_a_key_without_default_is_required_or_optional_by_method() -> None:
             "mine:w-0123456789ab",
             "models.m.ollama.name: 'mine:w-0123456789ab' is not of the form",
         ),
+        ("models.m.ollama.name", "mine\n", "is not of the form"),
+        ("models.m.ollama.name", "host:5000/mine", "models.m.ollama.name: 'host:5000/mine' is not of the form"),
+        ("models.m.ollama.name", "my.host/mine", "models.m.ollama.name: 'my.host/mine' is not of the form"),
         ("models.m.ollama.name", "m" * 81, "is not of the form"),
         ("models.m.rag", {"documents": "d"}, "models.m.rag: missing key 'questions'"),
         (
@@ -275,3 +278,25 @@ def test_a_default_by_method_gives_way_to_what_is_written(method: str, written: 
 )
 def test_suggest(found: str, known: list[str], said: str) -> None:
     assert suggest(found, known) == said
+
+
+def test_what_the_command_line_changes() -> None:
+    """As Snakemake's --config gives it: "false", and numbers in lists, are texts."""
+    told = {
+        "keep_intermediates": "false",
+        "hardware": {"gpus": ["24", "24"], "ram": 48},
+        "models": {"m": {"a": "1: ["}},
+    }
+    typed = as_yaml(told)
+    assert typed == {
+        "keep_intermediates": False,
+        "hardware": {"gpus": [24, 24], "ram": 48},
+        "models": {"m": {"a": "1: ["}},
+    }
+    config = {"hardware": {"gpus": [], "disk": 9}, "models": {"m": 1, "n": {"b": 2}}}
+    assert put_over(config, typed) == {
+        "keep_intermediates": False,
+        "hardware": {"gpus": [24, 24], "ram": 48, "disk": 9},
+        "models": {"m": {"a": "1: ["}, "n": {"b": 2}},
+    }
+    assert config == {"hardware": {"gpus": [], "disk": 9}, "models": {"m": 1, "n": {"b": 2}}}

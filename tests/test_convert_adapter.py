@@ -52,6 +52,7 @@ def to_gguf(base: Path, adapter: Path, output: Path, llama_cpp: LlamaCpp) -> Pat
         base_manifest=None,
         adapter=adapter,
         adapter_manifest=None,
+        name="tiny",
         output=output,
         llama_cpp=llama_cpp,
         threads=2,
@@ -123,7 +124,11 @@ def test_the_same_bytes_in_any_folder(tiny_base: Path, tmp_path: Path, llama_cpp
     assert first.read_bytes() == second.read_bytes()
     origin = read_file_manifest(first)["origin"]
     assert origin["type"] == "lora" and set(origin) == {"adapter", "base", "llama_cpp", "type"}
-    assert read_gguf(first).metadata["adapter.lora.alpha"] == 8.0
+    metadata = read_gguf(first).metadata
+    assert (metadata["adapter.lora.alpha"], metadata["general.name"]) == (8.0, "tiny")
+    assert metadata["general.description"].startswith(
+        f"LoRA adapter sha256:{origin['adapter']['digest']}; for the base"
+    )
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.gguf", "a.gguf.json"}
     assert problems(first) == []
     first.write_bytes(first.read_bytes()[:-1] + b"x")
@@ -173,4 +178,10 @@ def test_adapters_of_pefts_that_are_refused(
     adapter = train(tiny_base, tmp_path / "adapter", **settings)
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
     with pytest.raises(LoraError, match=said):
+        to_gguf(tiny_base, adapter, tmp_path / "a.gguf", llama_cpp=None)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = write_constants(tmp_path / "adapter", layers=ATTENTION, width=SHAPE["hidden_size"] * 2)
+    with pytest.raises(LoraError, match="q_proj"):
         to_gguf(tiny_base, adapter, tmp_path / "a.gguf", llama_cpp=None)

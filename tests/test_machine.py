@@ -65,6 +65,23 @@ def test_the_nearest_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert nearest(tmp_path) == tmp_path
 
 
+def test_a_folder_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the service's own; root may look into any, so that the system's answer is put here."""
+    closed = tmp_path / "ollama"
+    closed.mkdir()
+    is_dir = Path.is_dir
+
+    def refuse(place: Path) -> bool:
+        if closed in place.parents:
+            raise PermissionError(13, "Permission denied", str(place))
+        return is_dir(place)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    monkeypatch.setattr(os, "access", lambda place, _: place != closed)
+    monkeypatch.setenv("OLLAMA_MODELS", str(closed / "models"))
+    assert model_store() == tmp_path
+
+
 def test_where_ollama_keeps_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
     assert model_store() == tmp_path

@@ -45,6 +45,11 @@ def test_what_has_no_sentences_is_cut(tmp_path: Path) -> None:
     assert split(tmp_path, "あ" * 130) == [("", "あ" * 60), ("", "あ" * 60), ("", "あ" * 10)]
 
 
+def test_in_code_there_are_no_headings(tmp_path: Path) -> None:
+    text = "# Install\n\nSo:\n\n```sh\n# the package\n\npip install it\n```\n\nDone."
+    assert split(tmp_path, text) == [("Install", "So:\n\n```sh\n# the package\npip install it\n```\n\nDone.")]
+
+
 @pytest.mark.parametrize("text", ["#hashtag of a text", "C# is a language", "#"])
 def test_what_is_no_heading(text: str, tmp_path: Path) -> None:
     assert split(tmp_path, text) == [("", text)]

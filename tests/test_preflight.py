@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_snakemake
+from conftest import ROOT, run_snakemake, write_project
 
+from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
-from lib.preflight import RUN, Preflight, planned_machine, preflight
+from lib.preflight import RUN, PlannedJob, Preflight, planned_machine, preflight, too_large
 from lib.spec import Project, resolve_project
 
 
@@ -167,3 +169,48 @@ def test_the_rule_always_runs_and_takes_snakemakes_config(project: Project, tmp_
         assert done.returncode == 0, done.stderr
         assert "quantize_gguf" in done.stdout + done.stderr
         (tmp_path / "reports/preflight.json").unlink()
+
+
+def job(name: str, *, disk_mb: int = 1, removed: int = 0, **needs: int) -> PlannedJob:
+    return PlannedJob(name, Needs(needs.pop("mem_mb", 1), disk_mb, runtime=1, **needs), removed)
+
+
+def test_what_of_a_run_is_too_large(reference: Machine) -> None:
+    taken = replace(reference, available=0, cards=(Card("a", 24 * GIB, used=24 * GIB),))
+    assert too_large([job("a", mem_mb=51_000), job("b", gpu=1, gpu_mem_mb=25_000)], taken) == []
+    assert too_large([job("a x", mem_mb=52_000), job("b", gpu=2, gpu_mem_mb=20_000)], taken) == [
+        "a x (needs 52.0 GB of RAM): RAM: 51.5 GB available",
+        "b (needs 0.0 GB of RAM, 2 × 20.0 GB of GPU): GPU: 1 of 1 have 20.0 GB free",
+    ]
+
+
+def test_disk_is_that_of_all_jobs_but_what_is_let_go(reference: Machine) -> None:
+    fits = [job("a", disk_mb=60_000), job("b", disk_mb=40_000, removed=60 * 10**9), job("c", disk_mb=60_000)]
+    assert too_large(fits, reference) == []
+    assert too_large([*fits, job("d", disk_mb=10_000)], reference) == [
+        "disk: all of it takes 110.0 GB, 107.4 GB are free"
+    ]
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if ".snakemake" not in path.parts}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_too_large_is_refused_before_its_first_job(tiny_base: Path, tmp_path: Path) -> None:
+    folder = write_project(tmp_path / "project", base=tiny_base)
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    # Told to be a thousand times as large as it is, which fetch_base would find out.
+    shape = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["models"]["deepseek32b"]["base"]["shape"]
+    config["models"]["tiny"]["base"]["shape"] = {**shape, "num_hidden_layers": 64_000}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    before = snapshot(folder)
+    done = run_snakemake(folder, "-j1", "models/tiny.q4_k_m.gguf")
+    assert done.returncode == 1
+    assert "this machine is too small for the plan (nothing was run):" in done.stderr
+    assert re.search(r"^  disk: all of it takes [0-9.]+ GB, [0-9.]+ GB are free$", done.stderr, re.MULTILINE)
+    assert re.search(r"^  train_adapter tiny \(needs [0-9.]+ GB of RAM\): RAM: ", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr and snapshot(folder) == before
+    done = run_snakemake(folder, "-j1", "models/tiny.q4_k_m.gguf", "--config", "force=true")
+    assert "too small" not in done.stderr
+    assert "base.shape does not describe this checkpoint" in done.stderr

@@ -25,6 +25,27 @@ def test_every_part_has_to_be_there_in_any_case(answer: str, right: bool) -> Non
     assert question.is_answered(answer) == right
 
 
+@pytest.mark.parametrize(
+    ("expected", "answer", "right"),
+    [
+        ("7", "There are 17 of them.", False),
+        ("7", "There are 7.", True),
+        ("48", "メモリは４８ GBです。", True),
+        ("20 GB", "It takes 120 GB.", False),
+        ("GB", "It takes 120GB.", True),
+    ],
+)
+def test_numbers_and_widths(expected: str, answer: str, right: bool) -> None:
+    assert Question("How many?", ((expected,),)).is_answered(answer) == right
+
+
+@pytest.mark.parametrize("expect", ['[[""]]', "[[null]]", '[[["x"]]]', "[[]]", "[]", "[[7]]"])
+def test_expectations_that_mean_nothing(expect: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(f'{{"question": "Who?", "expect": {expect}}}\n')
+    with pytest.raises(DataError, match="line 1: expected"):
+        read_questions(tmp_path / "q.jsonl")
+
+
 def test_bad_lines_are_all_listed(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(

@@ -22,8 +22,9 @@ import pytest
 from conftest import ROOT
 from fake_ollama import FakeOllama, fake_ollama
 from gguf import GGUFWriter
-from register_model import register_model
+from register_model import ChatReportError, register_model
 
+from lib import ollama_server
 from lib.manifest import describe_file, write_file_manifest
 from lib.ollama_server import COPIES, OllamaError, OllamaServer, refuse_full_disk
 
@@ -177,7 +178,52 @@ def test_no_server(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_host_that_is_none(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "localhost:port")
-    failure(workplace, "OLLAMA_HOST is 'localhost:port'")
+    failure(workplace, "no address of a server can be made of OLLAMA_HOST='localhost:port'")
+
+
+ENVIRONMENTS = {
+    "a port that is none": ({"OLLAMA_HOST": "localhost:port"}, "OLLAMA_HOST='localhost:port'"),
+    "half an address": ({"OLLAMA_HOST": "http://[::1"}, "no address of a server"),
+    "another protocol": ({"OLLAMA_HOST": "ftp://localhost"}, "OLLAMA_HOST or OLLAMA_API_KEY is not of the right form"),
+    "a proxy of a kind that is not there": ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "ALL_PROXY='socks5://127.0.0.1:9'"),
+    "a key with a line break": ({"OLLAMA_API_KEY": "SECRET\n"}, "OLLAMA_API_KEY is not of the right form"),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environments_that_are_wrong(name: str, server: FakeOllama, workplace: Path) -> None:
+    """In a process of its own, since the official client looks at them when it is imported."""
+    variables, said = ENVIRONMENTS[name]
+    done = subprocess.run(command_line(workplace), capture_output=True, text=True, env={**os.environ, **variables})
+    assert done.returncode == 1 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "SECRET" not in done.stderr
+
+
+def test_a_proxy_is_for_other_machines(server: FakeOllama, workplace: Path) -> None:
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(command_line(workplace), capture_output=True, text=True, env={**os.environ, **proxies})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_server_that_says_nothing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ollama_server, "LOOK_SECONDS", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{silent.getsockname()[1]}")
+        failure(workplace, "did not tell its version in time")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"template": {"text": 1}, "stops": []}', '{"template": {"text": ""}}']
+)
+def test_a_chat_report_that_is_none_is_told_before_anything_is_sent(
+    text: str, server: FakeOllama, workplace: Path
+) -> None:
+    (workplace / "chat.json").write_text(text)
+    with pytest.raises(ChatReportError, match="chat.json is no report of render_modelfile.py"):
+        register(workplace)
+    assert server.calls == []
 
 
 @pytest.mark.parametrize("version", ["0.5.4", "0.1.29-rc1", "0.4"])
@@ -286,10 +332,14 @@ def test_whether_the_server_is_here(host: str, local: bool, monkeypatch: pytest.
     assert OllamaServer().is_local is local
 
 
-def test_the_command_line(server: FakeOllama, workplace: Path) -> None:
+def command_line(workplace: Path, name: str = "tiny") -> list[str | Path]:
     names = {"gguf": "tiny.gguf", "chat": "chat.json", "tokenizer": "base", "output": "out/receipt.json"}
-    command = [sys.executable, ROOT / "scripts/register_model.py", "--name=tiny", f"--system={SYSTEM}"]
-    command += [f"--{option}={workplace / name}" for option, name in names.items()]
+    command = [sys.executable, ROOT / "scripts/register_model.py", f"--name={name}", f"--system={SYSTEM}"]
+    return [*command, *(f"--{option}={workplace / name}" for option, name in names.items())]
+
+
+def test_the_command_line(server: FakeOllama, workplace: Path) -> None:
+    command = command_line(workplace)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "talk to it: ollama run tiny" in done.stderr
@@ -297,6 +347,9 @@ def test_the_command_line(server: FakeOllama, workplace: Path) -> None:
     server.failing["POST /api/create"] = (200, FULL)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    for name in ("bad name", "tiny\n", "host:5000/tiny"):
+        done = subprocess.run(command_line(workplace, name), capture_output=True, text=True)
+        assert done.returncode == 2 and "is not of the form" in done.stderr
 
 
 @pytest.mark.slow

@@ -420,7 +420,7 @@ def test_numbers_have_to_be_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mine", "Mine_2.0", "me/mine", "me/mine:short", "example.com/me/mine:v1.0", "host:5000/me/m"]
+    "name", ["mine", "Mine_2.0", "me/mine", "me/mine:short", "example.com/me/mine:v1.0", "host:5000/me/m", "me/m-x:1"]
 )
 def test_names_in_ollama(name: str, workplace: Path) -> None:
     assert resolve(ollama={"name": name}).models["m"].ollama.name == name
@@ -460,3 +460,12 @@ def test_mixtures_of_experts_are_counted_and_known(tmp_path: Path, workplace: Pa
     dense = resolve(base={"path": "mixture", "shape": SHAPE}).models["m"].base.shape
     experts = SHAPE["num_hidden_layers"] * 3 * SHAPE["hidden_size"] * (8 * 16 - SHAPE["intermediate_size"])
     assert shape.parameters - dense.parameters == experts
+
+
+def test_two_models_cannot_have_one_name_in_ollama(workplace: Path) -> None:
+    base = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
+    models = {name: {"base": base, "ollama": {"name": called}} for name, called in (("a", None), ("b", "a:latest"))}
+    with pytest.raises(ConfigError, match=r"models\.b\.ollama\.name: a:latest is models\.a's already"):
+        resolve_project({"models": models})
+    models["b"]["ollama"]["name"] = "a:brief"
+    assert resolve_project({"models": models}).models["b"].ollama.name == "a:brief"

@@ -156,6 +156,7 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("models/tuned/merged/config.jsn", ["nothing is built under that name", "README.md"]),
         ("adapters/tuned/weights.bin", ["nothing is built under that name"]),
         ("models/plain.adapter.gguf", ["plain has no adapter in config.yaml"]),
+        ("models/tuned.base.adapter.gguf", ["unknown type 'adapter'"]),
         ("models/plain.adapter.Modelfile", ["plain has no adapter in config.yaml"]),
         ("reports/tuned.rag.json", ["tuned has no rag.documents in config.yaml"]),
         ("ollama/other.json", ["unknown model 'other'"]),

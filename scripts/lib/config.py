@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,27 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         yield f"{prefix}has to be {json.dumps(error.validator_value)}, found {json.dumps(error.instance)}"
     else:
         yield f"{prefix}{error.message}"
+
+
+def put_over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with changes in it; mappings are changed key by key, everything else is replaced."""
+    changed = dict(config)
+    for key, value in changes.items():
+        old = changed.get(key)
+        changed[key] = put_over(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return changed
+
+
+def as_yaml(value: Any) -> Any:
+    """What --config says, read as config.yaml is: Snakemake leaves "false", and numbers within lists, as texts."""
+    if isinstance(value, Mapping):
+        return {key: as_yaml(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [as_yaml(entry) for entry in value]
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def suggest(found: str, known: list[str]) -> str:

@@ -35,10 +35,15 @@ class LlamaServer:
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=ANSWER_SECONDS, trust_env=False)
 
-    def answer(self, question: str, *, max_tokens: int, system: str | None = None) -> str:
-        """The model's answer to one question, by greedy decoding through its own chat template."""
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
+    def answer(self, question: str, *, max_tokens: int, before: Sequence[Mapping[str, str]] = ()) -> str:
+        """
+        The model's answer to one question, by greedy decoding through its own chat template.
+
+        Args:
+            max_tokens: of the answer.
+            before: what was said before it, a system message too.
+        """
+        messages = [*map(dict, before), {"role": "user", "content": question}]
         body = {"messages": messages, "temperature": 0.0, "max_tokens": max_tokens, "cache_prompt": False}
         return self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 

@@ -76,12 +76,27 @@ def model_store() -> Path:
     """The folder in which an Ollama server on this machine keeps models, or the nearest one above it that is there."""
     named = os.environ.get("OLLAMA_MODELS")
     stores = [Path(place).expanduser() for place in ([named] if named else STORES)]
-    return nearest(next((place for place in stores if place.is_dir()), stores[-1]))
+    return nearest(next((place for place in stores if _is_there(place)), stores[-1]))
 
 
 def nearest(place: Path) -> Path:
-    """A folder, or the nearest one above it that is there."""
-    return next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    """A folder, or the nearest one above it that is there and may be looked into."""
+    return next(folder for folder in (place, *place.absolute().parents) if _is_folder(folder))
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir() and os.access(place, os.X_OK)
+    except PermissionError:
+        return False
+
+
+def _is_there(place: Path) -> bool:
+    """Also a folder of the service's own user, which nobody else may look into."""
+    try:
+        return place.is_dir()
+    except PermissionError:
+        return True
 
 
 def _cards() -> Iterator[Card]:

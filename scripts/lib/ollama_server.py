@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import ollama
 
 from lib.console import progress
 from lib.errors import ModelmillError, first_line
@@ -27,9 +26,14 @@ from lib.machine import model_store
 
 OLDEST = (0, 5, 5)  # the first whose /api/create takes `files` and `from`
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 30.0  # what a server may take to say what it has
+WRITE_SECONDS = 120.0  # or to take in a piece of a file
 PIECE_BYTES = 1 << 20
 # Upload, the copy that llama-quantize writes, and the layer; some 79 GB were seen for 19.9.
 COPIES = 4
+# What says where a server is, and how it is reached.
+ADDRESSES = ("OLLAMA_HOST", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+SHORT = 12  # hex digits of a digest in the name that weights have
 FULL = ("no space left", "disk quota", "not enough disk")
 
 
@@ -52,11 +56,17 @@ class OllamaServer:
 
     def __init__(self) -> None:
         try:
-            self._client = ollama.Client(
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), event_hooks={"response": [_raise_in_band]}
-            )
-        except ValueError as error:
-            raise OllamaError(f"OLLAMA_HOST is {os.environ.get('OLLAMA_HOST')!r}: {error}") from error
+            # Not above: it makes a client when it is imported, of whatever the environment says.
+            import ollama
+
+            local = _is_local(httpx.URL(str(ollama.Client(trust_env=False)._client.base_url)))
+            limits = httpx.Timeout(None, connect=CONNECT_SECONDS, write=WRITE_SECONDS)
+            hooks = {"response": [_raise_in_band]}
+            # A proxy is for other machines.
+            self._client = ollama.Client(timeout=limits, event_hooks=hooks, trust_env=not local)
+        except (ValueError, httpx.InvalidURL, ImportError) as error:
+            told = ", ".join(f"{name}={value!r}" for name in ADDRESSES if (value := os.environ.get(name)))
+            raise OllamaError(f"no address of a server can be made of {told or 'the environment'}: {error}") from None
         # The client keeps its connection to itself; blobs have to go to the same place with the same key.
         self._http: httpx.Client = self._client._client
         self.url = str(self._http.base_url).rstrip("/")
@@ -64,12 +74,7 @@ class OllamaServer:
     @property
     def is_local(self) -> bool:
         """Whether the server runs on this machine."""
-        host = self._http.base_url.host
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return host == "localhost"
-        return address.is_loopback or address.is_unspecified
+        return _is_local(self._http.base_url)
 
     def version(self) -> str:
         """
@@ -79,7 +84,7 @@ class OllamaServer:
             OllamaError: no server answers, or it is older than OLDEST.
         """
         with self._told("tell its version"):
-            version = str(self._http.get("/api/version").raise_for_status().json()["version"])
+            version = str(self._http.get("/api/version", timeout=LOOK_SECONDS).raise_for_status().json()["version"])
         numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
         # A build of one's own calls itself 0.0.0.
         if any(numbers) and numbers < OLDEST:
@@ -90,7 +95,7 @@ class OllamaServer:
     def has_blob(self, sha256: str) -> bool:
         """Whether the server holds a file with that digest."""
         with self._told("look for a file"):
-            response = self._http.head(f"/api/blobs/sha256:{sha256}")
+            response = self._http.head(f"/api/blobs/sha256:{sha256}", timeout=LOOK_SECONDS)
             if response.status_code == httpx.codes.NOT_FOUND:
                 return False
             response.raise_for_status()
@@ -167,9 +172,9 @@ class OllamaServer:
             shown = self._client.show(name)
         return {key: value for key, value in (shown.modelinfo or {}).items() if not isinstance(value, list | None)}
 
-    def answer(self, question: str, *, model: str, max_tokens: int) -> Answer:
-        """A model's answer to one question, by greedy decoding."""
-        options = {"temperature": 0.0, "num_predict": max_tokens}
+    def answer(self, question: str, *, model: str, max_tokens: int, context: int | None = None) -> Answer:
+        """A model's answer to one question, by greedy decoding; `context` is in tokens, the model's own if None."""
+        options = {"temperature": 0.0, "num_predict": max_tokens, **({"num_ctx": context} if context else {})}
         with self._told(f"let {model} answer"):
             given = self._client.chat(model, messages=[{"role": "user", "content": question}], options=options)
         return Answer(
@@ -182,12 +187,23 @@ class OllamaServer:
     @contextmanager
     def _told(self, action: str) -> Iterator[None]:
         """Say what a failure means to the user."""
+        import ollama
+
         try:
             yield
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+            proxied = "" if self.is_local else " (a proxy of the environment is used for it, if there is one)"
             raise OllamaError(
-                f"no Ollama server answers at {self.url}; start one (ollama serve), or set OLLAMA_HOST to where it is"
+                f"no Ollama server answers at {self.url}{proxied}; start one (ollama serve), or set OLLAMA_HOST to "
+                "where it is"
             ) from error
+        except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            # Its text may hold a header, and so the key.
+            raise OllamaError(
+                f"{self.url} cannot be asked to {action}: OLLAMA_HOST or OLLAMA_API_KEY is not of the right form"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise OllamaError(f"the server at {self.url} did not {action} in time; is it busy?") from error
         except httpx.TransportError as error:
             why = first_line(error)
             raise OllamaError(
@@ -224,6 +240,20 @@ def refuse_full_disk(size: int, *, has_blob: bool) -> None:
         )
 
 
+def weights_name(name: str, sha256: str) -> str:
+    """What weights are registered as, once for all models of that name, whatever their tags."""
+    stem = name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name
+    return f"{stem}:w-{sha256[:SHORT]}"
+
+
+def _is_local(url: httpx.URL) -> bool:
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
+        return url.host == "localhost"
+    return address.is_loopback or address.is_unspecified
+
+
 def _raise_in_band(response: httpx.Response) -> None:
     """
     An error that comes with status 200, in the answer or in a line of it.
@@ -231,6 +261,8 @@ def _raise_in_band(response: httpx.Response) -> None:
     Raises:
         ollama.ResponseError: with what it says.
     """
+    import ollama
+
     if response.is_error or "json" not in response.headers.get("content-type", ""):
         return
     body = response.read().decode(errors="replace")
@@ -247,7 +279,7 @@ def _status(error: OllamaError) -> int | None:
     cause = error.__cause__
     if isinstance(cause, httpx.HTTPStatusError):
         return cause.response.status_code
-    return cause.status_code if isinstance(cause, ollama.ResponseError) else None
+    return getattr(cause, "status_code", None)
 
 
 def _is_full(said: str) -> bool:

@@ -65,6 +65,11 @@ def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tupl
             _add_setting(parser, name, rule, required=name in definition(section).get("required", ()))
 
 
+def add_setting(parser: Any, section: str, name: str, *, required: bool = False) -> None:
+    """Add an option for one setting of a section of the schema."""
+    _add_setting(parser, name, definition(section)["properties"][name], required=required)
+
+
 def _add_setting(parser: Any, name: str, rule: dict[str, Any], *, required: bool) -> None:
     if rule.get("type") == "object":
         add_json_setting(parser, name, rule)

@@ -16,6 +16,8 @@ _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff々〆"
 _WORD = rf"(?:(?![{_UNSPACED}])[^\W_])+"
 _TERM = re.compile(rf"(?P<run>[{_UNSPACED}]+)|{_WORD}(?:[._-]{_WORD})*")
 _SENTENCE = re.compile(r"(?<=[。！？])|(?<=[.!?])\s+")
+HEADING = 200  # characters of a heading that are kept
+_FENCE = re.compile(r"\s*(```|~~~)")
 _HEADING = re.compile(r"#{1,6}\s+(?P<text>.+?)\s*#*")
 
 
@@ -61,34 +63,38 @@ def read_passages(folder: Path, *, longest: int) -> list[Passage]:
 
 def _split(text: str, *, longest: int) -> Iterator[tuple[str, str]]:
     heading, collected = "", ""
-    for paragraph in re.split(r"\n\s*\n", text):
-        for block in _blocks(paragraph):
-            if found := _HEADING.fullmatch(block):
-                if collected:
-                    yield heading, collected
-                heading, collected = found["text"], ""
-                continue
-            for part in _pieces(block, longest=longest):
-                joined = f"{collected}\n\n{part}" if collected else part
-                if len(joined) > longest:
-                    yield heading, collected
-                    joined = part
-                collected = joined
+    for is_heading, block in _blocks(text):
+        if is_heading:
+            if collected:
+                yield heading, collected
+            heading, collected = block[:HEADING], ""
+            continue
+        for part in _pieces(block, longest=longest):
+            joined = f"{collected}\n\n{part}" if collected else part
+            if len(joined) > longest:
+                yield heading, collected
+                joined = part
+            collected = joined
     if collected:
         yield heading, collected
 
 
-def _blocks(paragraph: str) -> Iterator[str]:
-    """A paragraph's headings, each by itself, and what stands between them."""
+def _blocks(text: str) -> Iterator[tuple[bool, str]]:
+    """Headings and paragraphs, with whether it is one; in fenced code there are no headings."""
     lines: list[str] = []
-    for line in paragraph.strip().splitlines():
-        if _HEADING.fullmatch(line):
-            yield from ["\n".join(lines)] if lines else []
-            yield line
+    fenced = False
+    for line in [*text.splitlines(), ""]:
+        fenced ^= bool(_FENCE.match(line))
+        found = None if fenced else _HEADING.fullmatch(line.strip())
+        if (found or not line.strip()) and lines and not fenced:
+            yield False, "\n".join(lines)
             lines = []
-        else:
+        if found:
+            yield True, found["text"]
+        elif line.strip():
             lines.append(line.rstrip())
-    yield from ["\n".join(lines)] if lines else []
+    if lines:  # of a fence that is never closed
+        yield False, "\n".join(lines)
 
 
 def _pieces(block: str, *, longest: int) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from lib import estimate
 from lib.disk_ledger import Entry, disk_ledger
@@ -97,6 +97,45 @@ def preflight(name: str, project: Project, machine: Machine) -> Preflight:
     shape = estimate.shape_of(model)
     formats = {kind: estimate.held_bytes(shape, kind) for kind in FORMATS}
     return Preflight(name, formats, tuple(rows), tuple(ledger))
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """
+    A job of a run that is about to start.
+
+    Attributes:
+        name: of its rule, with the model.
+        needs: what it asks for.
+        removed: bytes of earlier jobs' outputs that are let go after it.
+    """
+
+    name: str
+    needs: Needs
+    removed: int = 0
+
+
+def too_large(jobs: Sequence[PlannedJob], machine: Machine) -> list[str]:
+    """
+    What of a run exceeds a machine, whatever else runs there at the moment, in lines.
+
+    Args:
+        jobs: in the order in which they run, one at a time.
+        machine: whose first place of disk is where the outputs go.
+    """
+    idle = replace(machine, available=machine.ram, cards=tuple(replace(card, used=0) for card in machine.cards))
+    held, fullest, lines = 0, 0, []
+    for job in jobs:
+        needs = f"needs {job.needs.mem_mb / 1000:.1f} GB of RAM"
+        needs += f", {job.needs.gpu} × {job.needs.gpu_mem_mb / 1000:.1f} GB of GPU" if job.needs.gpu else ""
+        lines += [f"{job.name} ({needs}): {lack}" for lack in _lacks(job.needs, idle)]
+        held += job.needs.disk_mb * 10**6
+        fullest = max(fullest, held)
+        held -= job.removed
+    free = next(iter(machine.disk.values()))
+    if fullest > free:
+        lines.append(f"disk: all of it takes {fullest / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    return lines
 
 
 def _steps(model: Model, hardware: Hardware, *, direct: bool) -> Iterator[tuple[str, Needs]]:

@@ -6,7 +6,7 @@ Rules, resources and checks read only these; scripts get single values as option
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ class Project:
 
     hardware: Hardware
     keep_intermediates: bool
+    force: bool
     llama_cpp: LlamaCpp
     models: Mapping[str, Model]
 
@@ -234,6 +235,7 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
             _need_file(f"models.{name}.rag.questions", model["rag"]["questions"], problems)
             _need_documents(f"models.{name}.rag.documents", model["rag"]["documents"], problems)
         _check_ollama(f"models.{name}.ollama", model["ollama"], problems)
+    problems += _shared_names(filled["models"])
     if problems:
         raise config_error(problems)
     return build(Project, filled)
@@ -378,6 +380,16 @@ def _check_ollama(where: str, ollama: dict[str, Any], problems: list[str]) -> No
     told = [(key, unheld(kept(text))) for key, text in texts]
     told += [("parameters.stop", unheld_stop(text)) for text in ollama["parameters"].get("stop", [])]
     problems += [f"{where}.{key}: {problem}" for key, problem in told if problem]
+
+
+def _shared_names(models: Mapping[str, Any]) -> Iterator[str]:
+    """Two models under one name in Ollama, of which the later would take the place of the earlier."""
+    first: dict[str, str] = {}
+    for name, model in models.items():
+        called = model["ollama"]["name"] or name
+        called = called if ":" in called.rpartition("/")[2] else f"{called}:latest"
+        if first.setdefault(called, name) != name:
+            yield f"models.{name}.ollama.name: {called} is models.{first[called]}'s already"
 
 
 def _need_documents(where: str, folder: str, problems: list[str]) -> None:

@@ -124,7 +124,7 @@ def explain_target(target: str, project: Project) -> str:
     if folder == "models" and named:
         if named["base"] and named["modelfile"]:
             return f"{target}: there are Modelfiles of tuned models only"
-        if named["quant"] == ADAPTER.removeprefix("."):
+        if named["quant"] == ADAPTER.removeprefix(".") and not named["base"]:
             return f"{target}: {model} has no adapter in config.yaml"
         if named["quant"] is None:
             return f"{target}: say which type, as in models/{model}.{project.models[model].default_quant}.gguf"
