@@ -259,9 +259,7 @@ def questions_options(wildcards):
 
 
 def rag_documents(wildcards):
-    # Snakemake takes braces for wildcards.
-    files = document_files(Path(spec(wildcards.model).rag.documents))
-    return [str(file).replace("{", "{{").replace("}", "}}") for file in files]
+    return [str(file) for file in document_files(Path(spec(wildcards.model).rag.documents))]
 
 
 def explain_wrong_target(wildcards):

@@ -451,6 +451,15 @@ def test_documents_have_to_be_there(workplace: Path) -> None:
     ]
 
 
+def test_names_of_documents_that_snakemake_cannot_hold(workplace: Path) -> None:
+    Path("notes").mkdir()
+    for name in ("good.md", "a{b}.md"):
+        Path("notes", name).write_text("Text.")
+    Path("ask.jsonl").write_text("{}")
+    lines = problems(rag={"documents": "notes", "questions": "ask.jsonl"})
+    assert lines == ["models.m.rag.documents: Snakemake takes braces for wildcards; rename notes/a{b}.md"]
+
+
 def test_mixtures_of_experts_are_counted_and_known(tmp_path: Path, workplace: Path) -> None:
     sizes = {**SHAPE, "num_attention_heads": 4, "num_local_experts": 8, "moe_intermediate_size": 16}
     Path("mixture").mkdir()

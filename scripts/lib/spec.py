@@ -393,7 +393,10 @@ def _shared_names(models: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _need_documents(where: str, folder: str, problems: list[str]) -> None:
-    if not document_files(Path(folder)):
+    files = document_files(Path(folder))
+    if braced := [str(file) for file in files if set("{}") & set(str(file))]:
+        problems.append(f"{where}: Snakemake takes braces for wildcards; rename {', '.join(braced)}")
+    if not files:
         problems.append(f"{where}: there is no folder {folder} with documents ({', '.join(ENDINGS)}) in it")
 
 
