@@ -16,6 +16,7 @@ from lib.machine import MIB, Card, model_store, nearest, this_machine
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that comes first on PATH."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 
@@ -31,6 +32,16 @@ def test_cards(tools: Path) -> None:
         Card("NVIDIA RTX A5000", 24564 * MIB, 312 * MIB),
         Card("Some, Card", 8192 * MIB, 0),
     )
+
+
+@pytest.mark.parametrize(
+    ("named", "left"),
+    [("", []), ("1", ["b"]), ("1, 0", ["a", "b"]), ("-1", []), ("GPU-5e1f", ["a", "b", "c"])],
+)
+def test_cards_that_may_be_used(named: str, left: list[str], tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvidia_smi(tools, "for name in a b c; do echo $name, 8192, 0; done")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert [card.name for card in this_machine(Path()).cards] == left
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo 'No devices were found'; exit 6", "exec sleep 30"])

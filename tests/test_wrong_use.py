@@ -253,7 +253,10 @@ def test_no_network_while_fetching(base: dict[str, object], parts: list[str], pr
 
 MISTAKES = {
     "data": (write("train.jsonl", "no json\n"), ["line 1: no JSON"]),
-    "device": (set_in_config(*TRAIN, "device", value="cuda"), ["no usable GPU", "set train.device: cpu"]),
+    "device": (
+        set_in_config(*TRAIN, "device", value="cuda"),
+        ["(nothing was run)", "train_adapter tiny", "GPU: 0 of 0"],
+    ),
     "layers": (set_in_config(*TRAIN, "lora", "target_modules", value=["q_prj"]), ["q_prj"]),
     "base": (
         set_in_config("models", "tiny", "base", value={"path": "bare", "shape": SHAPE}),

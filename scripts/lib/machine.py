@@ -104,10 +104,19 @@ def _cards() -> Iterator[Card]:
         told = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
         return
-    for line in told.splitlines():
+    for number, line in enumerate(told.splitlines()):
         name, memory, used = (word.strip() for word in line.rsplit(",", 2))
-        if memory.isdecimal() and used.isdecimal():
+        if memory.isdecimal() and used.isdecimal() and _is_visible(number):
             yield Card(name, int(memory) * MIB, int(used) * MIB)
+
+
+def _is_visible(number: int) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves a card; of those that it names otherwise than by number, all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return True
+    words = [word.strip() for word in named.split(",") if word.strip()]
+    return str(number) in words or any(not word.lstrip("-").isdecimal() for word in words)
 
 
 def _cgroup_limit() -> int | None:
