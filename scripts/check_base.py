@@ -52,7 +52,6 @@ def check_base(*, base: Path, output: Path, llama_cpp: LlamaCpp) -> None:
         "pre_tokenizer": metadata.get("tokenizer.ggml.pre"),
         "tokens": tokens,
         "chat_template": digest_json(template),
-        "llama_cpp": llama_cpp.commit,
     }
     write_json(output, found)
     say(f"{base}: llama.cpp takes it, as {found['architecture']} with {tokens} tokens")

@@ -50,7 +50,6 @@ def test_a_llama_is_taken(tiny_base: Path, tmp_path: Path, llama_cpp: LlamaCpp) 
     found = check(tiny_base, tmp_path, llama_cpp)
     assert found["architecture"] == "llama"
     assert found["tokens"] == 384
-    assert found["llama_cpp"] == llama_cpp.commit
 
 
 @pytest.mark.slow

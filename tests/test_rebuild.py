@@ -148,6 +148,11 @@ def flip_a_byte_of_the_base(project: Path, checkout: Path) -> None:
     shard.write_bytes(content)
 
 
+def flip_a_byte_of_the_base_and_list_it(project: Path, checkout: Path) -> None:
+    flip_a_byte_of_the_base(project, checkout)
+    run_only("fetch_base", "bases/tiny/MANIFEST.json", project, checkout)
+
+
 def move_the_base(project: Path, checkout: Path) -> None:
     (project / "elsewhere").mkdir()
     (project / "tiny-llama").rename(project / "elsewhere/tiny-llama")
@@ -188,9 +193,13 @@ TABLE = {
     "one line of data": (change_a_line_of_data, CHECKED),
     "how a base is checked": (
         replace_in_checkout("scripts/check_base.py", '"--vocab-only"', '"--vocab-only", "--verbose"'),
-        {("check_base", "work/tiny/base.json")},
+        set(),
     ),
     "one byte of the base": (flip_a_byte_of_the_base, FETCHED),
+    "one byte of the base, once it is listed": (
+        flip_a_byte_of_the_base_and_list_it,
+        FETCHED - {("fetch_base", "bases/tiny/MANIFEST.json")},
+    ),
     "the same base at another path, once it is listed": (move_the_base_and_list_it, set()),
     "a held-out question": (ask_something_else, ASKED),
     "a helper that only the merge uses": (
