@@ -37,4 +37,5 @@ include: "rules/wrong_targets.smk"
 
 onstart:
     refuse_lost_targets()
+    refuse_clipped_jobs()
     refuse_small_machine()

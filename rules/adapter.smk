@@ -39,7 +39,7 @@ rule train_adapter:
     """Train a LoRA adapter on the base."""
     input:
         base="bases/{model}/MANIFEST.json",
-        base_check=ancient("work/{model}/base.json"),
+        base_check="work/{model}/base.json",
         data_identity="work/{model}/data.json",
         data=lambda w: ancient(spec(w.model).adapter.train.data),
     output:
@@ -63,7 +63,7 @@ rule train_adapter:
         gpu=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).gpu,
         gpu_mem_mb=lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware).gpu_mem_mb,
     params:
-        python=interpreter,
+        python=on_gpus(lambda w: estimate.train_needs(spec(w.model), PROJECT.hardware)),
         script=script("train_adapter.py"),
         code=code_digest("train_adapter.py"),
         base=base_folder,

@@ -34,8 +34,13 @@ except ModelmillError as error:
 # Which files are asked for is not known yet when rules are read, but the words of the command line are.
 PATHS = QuantizePaths(PROJECT, sys.argv[1:])
 
+RESOURCES = ("mem_mb", "disk_mb", "runtime", "gpu", "gpu_mem_mb")
+
 # Said in the plan; a job's own log says it as well.
 if workflow.output_settings.dryrun:
+    # What jobs ask for, not what a limit (`--resources`) leaves of it.
+    for name in RESOURCES:
+        workflow.global_resources[name] = None
     for line in resolved_methods(PROJECT):
         print(line, file=sys.stderr)
 
@@ -62,6 +67,19 @@ def interpreter(wildcards, input):
     """
     deployment = str(workflow.deployment_settings.deployment_method).lower()
     return "python" if "conda" in deployment else shlex.quote(sys.executable)
+
+
+def on_gpus(needs):
+    """The Python that runs a script, on cards of its own if `needs` asks for any of that model's job."""
+
+    def python(wildcards, input):
+        asked, plain = needs(wildcards), interpreter(wildcards, input)
+        if not asked.gpu:
+            return plain
+        claim = shlex.quote(os.path.normpath(f"{ROOT}/scripts/with_gpus.py"))
+        return f"{plain} {claim} --gpus={asked.gpu} --gpu-mem-mb={asked.gpu_mem_mb} -- {plain}"
+
+    return python
 
 
 def final_targets():
@@ -278,11 +296,35 @@ def planned_jobs():
     for job in in_order:
         for file in job.output:
             if is_flagged(file, "temp") and str(file) in last:
-                removed[last[str(file)]] += job.resources.disk_mb * 10**6
+                removed[last[str(file)]] += asked_by(job)["disk_mb"] * 10**6
     for job in in_order:
-        asked = {name: job.resources.get(name, 0) for name in ("mem_mb", "disk_mb", "runtime", "gpu", "gpu_mem_mb")}
-        name = " ".join(filter(None, [job.rule.name, *job.wildcards]))
-        yield PlannedJob(name, estimate.Needs(**asked), removed[job])
+        yield PlannedJob(job_name(job), estimate.Needs(**asked_by(job)), removed[job])
+
+
+def job_name(job):
+    return " ".join(filter(None, [job.rule.name, *job.wildcards]))
+
+
+def asked_by(job):
+    """What a job asks for; `job.resources` is what a limit (`--resources`) leaves of it."""
+    declared = {name: job.rule.resources.get(name) for name in RESOURCES}
+    return {name: each.evaluate(job.wildcards, attempt=1).value if each else 0 for name, each in declared.items()}
+
+
+def refuse_clipped_jobs():
+    """Refuse a run in which Snakemake would tell jobs, and a cluster, less than they ask for."""
+    limits = {name: workflow.global_resources.get(name) for name in RESOURCES}
+    limits = {name: limit.value for name, limit in limits.items() if limit is not None and limit.value is not None}
+    clipped = [
+        f"{job_name(job)} needs {name}={asked}, --resources allows {limits[name]}"
+        for job in workflow.dag.needrun_jobs()
+        for name, asked in asked_by(job).items()
+        if name in limits and asked > limits[name]
+    ]
+    if clipped and not PROJECT.force:
+        told = ["a job is larger than a limit that was set (nothing was run):", *sorted(clipped)]
+        told += ["raise the limit; --config force=true runs it all the same"]
+        raise WorkflowError("\n  ".join(told))
 
 
 def refuse_small_machine():

@@ -94,7 +94,7 @@ for PASS in direct_passes():
             PASS.name
         input:
             base="bases/{model}/MANIFEST.json",
-            base_check=ancient("work/{model}/base.json"),
+            base_check="work/{model}/base.json",
             adapter=tuned_adapter,
             imatrix=of_first(imatrix_manifest, PASS.quants),
             imatrix_gguf=of_first(imatrix_gguf, PASS.quants),
@@ -121,7 +121,7 @@ for PASS in direct_passes():
                 spec(w.model), quants_of(w, quants)
             ).gpu_mem_mb,
         params:
-            python=interpreter,
+            python=on_gpus(lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants))),
             script=script("build_direct.py"),
             code=code_digest("build_direct.py"),
             base=base_folder,

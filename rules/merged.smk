@@ -5,7 +5,7 @@ rule merge_adapter:
     """Fold the adapter into the base checkpoint, tensor by tensor."""
     input:
         base="bases/{model}/MANIFEST.json",
-        base_check=ancient("work/{model}/base.json"),
+        base_check="work/{model}/base.json",
         adapter=adapter_manifest,
     output:
         manifest="models/{model}/merged/MANIFEST.json",
@@ -24,7 +24,7 @@ rule merge_adapter:
         gpu=lambda w: estimate.merge_needs(spec(w.model)).gpu,
         gpu_mem_mb=lambda w: estimate.merge_needs(spec(w.model)).gpu_mem_mb,
     params:
-        python=interpreter,
+        python=on_gpus(lambda w: estimate.merge_needs(spec(w.model))),
         script=script("merge_adapter.py"),
         code=code_digest("merge_adapter.py"),
         base=base_folder,

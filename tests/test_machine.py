@@ -27,19 +27,24 @@ def write_nvidia_smi(folder: Path, script: str) -> None:
 
 
 def test_cards(tools: Path) -> None:
-    write_nvidia_smi(tools, "echo 'NVIDIA RTX A5000, 24564, 312'; echo 'Some, Card, 8192, 0'; echo 'Odd, [N/A], [N/A]'")
+    write_nvidia_smi(
+        tools,
+        "echo 'NVIDIA RTX A5000, GPU-5e, 24564, 312'\n"
+        "echo 'Some, Card, GPU-a, 8192, 0'\n"
+        "echo 'Odd, GPU-b, [N/A], [N/A]'",
+    )
     assert this_machine(Path()).cards == (
-        Card("NVIDIA RTX A5000", 24564 * MIB, 312 * MIB),
-        Card("Some, Card", 8192 * MIB, 0),
+        Card("NVIDIA RTX A5000", 24564 * MIB, 312 * MIB, "GPU-5e"),
+        Card("Some, Card", 8192 * MIB, 0, "GPU-a"),
     )
 
 
 @pytest.mark.parametrize(
     ("named", "left"),
-    [("", []), ("1", ["b"]), ("1, 0", ["a", "b"]), ("-1", []), ("GPU-5e1f", ["a", "b", "c"])],
+    [("", []), ("1", ["b"]), ("1, 0", ["a", "b"]), ("-1", []), ("GPU-b", ["b"]), ("MIG-5e1f", ["a", "b", "c"])],
 )
 def test_cards_that_may_be_used(named: str, left: list[str], tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_nvidia_smi(tools, "for name in a b c; do echo $name, 8192, 0; done")
+    write_nvidia_smi(tools, "for name in a b c; do echo $name, GPU-$name-5e, 8192, 0; done")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert [card.name for card in this_machine(Path()).cards] == left
 

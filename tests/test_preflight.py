@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -214,3 +215,19 @@ def test_a_run_that_is_too_large_is_refused_before_its_first_job(tiny_base: Path
     done = run_snakemake(folder, "-j1", "models/tiny.q4_k_m.gguf", "--config", "force=true")
     assert "too small" not in done.stderr
     assert "base.shape does not describe this checkpoint" in done.stderr
+
+
+def test_a_limit_clips_neither_a_plan_nor_a_run(tmp_path: Path) -> None:
+    """Snakemake's own `--resources` would shrink what a job is said to need, without a word."""
+    shutil.copy(ROOT / "config.yaml", tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    limited = ("--resources", "gpu=1", "mem_mb=1000", "--", "models/deepseek32b.q4_k_m.gguf")
+    planned = run_snakemake(tmp_path, "-n", *limited)
+    trained = re.search(r"rule train_adapter:.*?resources: (.*?)\n", planned.stdout + planned.stderr, re.DOTALL)
+    assert trained and "gpu=2," in trained[1] and "mem_mb=8915," in trained[1], planned.stderr
+    done = run_snakemake(tmp_path, "-j1", *limited)
+    assert done.returncode == 1
+    assert "a job is larger than a limit that was set (nothing was run):" in done.stderr
+    assert "train_adapter deepseek32b needs gpu=2, --resources allows 1\n" in done.stderr
+    assert "train_adapter deepseek32b needs mem_mb=8915, --resources allows 1000\n" in done.stderr
+    assert not (tmp_path / "work").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from lib.cli import usable_cores
 
 MIB, GIB = 1 << 20, 1 << 30
 CGROUP = Path("/sys/fs/cgroup")
-QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
+CARDS = "--query-gpu=name,uuid,memory.total,memory.used"
+PROGRAMS = "--query-compute-apps=gpu_uuid,pid,used_memory"
 # Where `ollama serve` keeps models: as the service of the installer, and as a user's own program.
 STORES = ("/usr/share/ollama/.ollama/models", "~/.ollama/models")
 SECONDS = 20.0  # a driver that does not answer is as good as none
@@ -23,11 +23,12 @@ SECONDS = 20.0  # a driver that does not answer is as good as none
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU; memory in bytes, `used` by others."""
+    """A GPU; memory in bytes, `used` by whatever runs on it."""
 
     name: str
     memory: int
     used: int = 0
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def this_machine(*places: Path) -> Machine:
     limit = _cgroup_limit()
     ram = min(memory.total, limit or memory.total)
     return Machine(
-        cards=tuple(_cards()),
+        cards=tuple(visible_cards()),
         ram=ram,
         available=min(memory.available, ram),
         swap=psutil.swap_memory().total,
@@ -99,24 +100,41 @@ def _is_there(place: Path) -> bool:
         return True
 
 
-def _cards() -> Iterator[Card]:
+def visible_cards() -> list[Card]:
+    """The GPUs that the driver tells of and CUDA_VISIBLE_DEVICES leaves, in the driver's order."""
+    cards = []
+    for number, line in enumerate(_ask_driver(CARDS)):
+        name, uuid, memory, used = (word.strip() for word in line.rsplit(",", 3))
+        if memory.isdecimal() and used.isdecimal() and _is_visible(number, uuid):
+            cards.append(Card(name, int(memory) * MIB, int(used) * MIB, uuid))
+    return cards
+
+
+def used_by_programs() -> list[tuple[str, int, int]]:
+    """The uuid of a card, the process on it and the bytes it holds; in a container the driver may tell none."""
+    found = ([word.strip() for word in line.split(",")] for line in _ask_driver(PROGRAMS))
+    return [
+        (uuid, int(process), int(used) * MIB)
+        for uuid, process, used in found
+        if process.isdecimal() and used.isdecimal()
+    ]
+
+
+def _ask_driver(query: str) -> list[str]:
+    command = ("nvidia-smi", query, "--format=csv,noheader,nounits")
     try:
-        told = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return
-    for number, line in enumerate(told.splitlines()):
-        name, memory, used = (word.strip() for word in line.rsplit(",", 2))
-        if memory.isdecimal() and used.isdecimal() and _is_visible(number):
-            yield Card(name, int(memory) * MIB, int(used) * MIB)
+        return []
 
 
-def _is_visible(number: int) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES leaves a card; of those that it names otherwise than by number, all."""
+def _is_visible(number: int, uuid: str) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves a card; of parts of cards (MIG) nothing is known, so that all are left."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return True
     words = [word.strip() for word in named.split(",") if word.strip()]
-    return str(number) in words or any(not word.lstrip("-").isdecimal() for word in words)
+    return str(number) in words or any(word.startswith("MIG") or uuid.startswith(word) for word in words)
 
 
 def _cgroup_limit() -> int | None:
