@@ -176,6 +176,11 @@ def test_no_server(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_a_server_without_tls(server: FakeOllama, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", os.environ["OLLAMA_HOST"].replace("http://", "https://"))
+    failure(workplace, r"no secured connection to https://.*SSL.*; does OLLAMA_HOST want http://\?")
+
+
 def test_a_host_that_is_none(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "localhost:port")
     failure(workplace, "no address of a server can be made of OLLAMA_HOST='localhost:port'")

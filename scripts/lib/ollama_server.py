@@ -192,6 +192,10 @@ class OllamaServer:
         try:
             yield
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if "SSL" in str(error):
+                raise OllamaError(
+                    f"no secured connection to {self.url} ({first_line(error)}); does OLLAMA_HOST want http://?"
+                ) from error
             proxied = "" if self.is_local else " (a proxy of the environment is used for it, if there is one)"
             raise OllamaError(
                 f"no Ollama server answers at {self.url}{proxied}; start one (ollama serve), or set OLLAMA_HOST to "
