@@ -64,7 +64,7 @@ def measure(base: Path, run: Run, *, gpus: str, card: str) -> dict[str, object]:
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": card}
         done = subprocess.run([*command, *run.options()], env=variables, capture_output=True, text=True)
         if done.returncode:
-            return {"failed": done.stderr[-2000:]}
+            return {"failed": done.stderr.strip().rpartition("\n")[2]}
         record = json.loads(history.read_text())
     return {"gpu_gb": record["peak_gpu_gb"], "ram_gb": record["peak_ram_gb"]}
 
