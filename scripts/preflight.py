@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from lib.errors import ModelmillError
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
 from lib.preflight import Preflight, Row, planned_machine, preflight
+from lib.software import Software, this_software
 from lib.spec import Project, resolve_project
-from lib.toolchain import CompilerError, cache_folder, describe_compiler
+from lib.toolchain import cache_folder
 
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
@@ -60,12 +62,20 @@ def describe_machine(machine: Machine) -> Iterator[str]:
     yield f"  swap      {machine.swap / 1e9:.1f} GB"
     yield from (f"  disk      {free / 1e9:.1f} GB free in {place}" for place, free in machine.disk.items())
     if machine.cores is not None:
-        try:
-            compiler = describe_compiler()
-        except CompilerError as error:
-            compiler = f"none: {error}"
         yield f"  cores     {machine.cores}"
-        yield f"  compiler  {compiler}"
+
+
+def describe_software(software: Software) -> Iterator[str]:
+    """What is installed, in lines of at most 80 columns."""
+    findings = {
+        "compiler": software.compiler,
+        "llama.cpp": software.llama_cpp,
+        "4-bit": software.bitsandbytes,
+        "packages": software.packages,
+    }
+    findings["4-bit"] = replace(findings["4-bit"], text=f"bitsandbytes {software.bitsandbytes.text}")
+    for name, finding in findings.items():
+        yield from textwrap.wrap(f"{name:<9} {finding.text}", 80, initial_indent="  ", subsequent_indent=" " * 12)
 
 
 def describe(found: Preflight, *, colour: bool) -> Iterator[str]:
@@ -93,18 +103,21 @@ def _line(row: Row, *, colour: bool) -> str:
     return f"{row.step:<16} {cards:<12} {needs.mem_mb / 1000:>5.1f} GB {disk:>9} {time:>8}  {shown}{asked}"
 
 
-def as_json(machine: Machine, plans: Sequence[Preflight]) -> dict[str, Any]:
+def as_json(machine: Machine, software: Software | None, plans: Sequence[Preflight]) -> dict[str, Any]:
     """Everything that is told, for programs."""
-    rows = {plan.model: [{**dataclasses.asdict(row), "fits": row.fits} for row in plan.rows] for plan in plans}
+    rows = {plan.model: [{**asdict(row), "fits": row.fits} for row in plan.rows] for plan in plans}
     return {
-        "machine": dataclasses.asdict(machine),
+        "machine": asdict(machine),
+        "software": None
+        if software is None
+        else {**asdict(software), "architectures": len(software.architectures or ())},
         "fits": all(plan.fits for plan in plans),
         "models": {
             plan.model: {
                 "fits": plan.fits,
                 "formats": plan.formats,
                 "steps": rows[plan.model],
-                "ledger": [dataclasses.asdict(entry) for entry in plan.ledger],
+                "ledger": [asdict(entry) for entry in plan.ledger],
             }
             for plan in plans
         },
@@ -129,13 +142,14 @@ def _work(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--model: unknown model {name!r}{suggest(name, list(project.models))}")
     here = this_machine(Path(), cache_folder(), model_store())
     machine = planned_machine(project.hardware) if arguments.planned else here
-    plans = [preflight(name, project, machine) for name in names]
+    software = None if arguments.planned else this_software(project.llama_cpp)
+    plans = [preflight(name, project, machine, software) for name in names]
     print("the machine that config.yaml plans for" if arguments.planned else "this machine")
-    print(*describe_machine(machine), sep="\n")
+    print(*describe_machine(machine), *(describe_software(software) if software else ()), sep="\n")
     for plan in plans:
         print("", *describe(plan, colour=sys.stdout.isatty()), sep="\n")
     if arguments.json:
-        write_json(arguments.json, as_json(machine, plans))
+        write_json(arguments.json, as_json(machine, software, plans))
     if not all(plan.fits for plan in plans):
         sys.exit(FAILED)
 

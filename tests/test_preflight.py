@@ -17,6 +17,7 @@ from conftest import ROOT, run_snakemake, write_project
 from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
 from lib.preflight import RUN, PlannedJob, Preflight, planned_machine, preflight, too_large
+from lib.software import Finding, Software
 from lib.spec import Project, resolve_project
 
 
@@ -110,6 +111,26 @@ def test_the_result_runs_on_cards_or_in_memory(project: Project, reference: Mach
     assert needs(replace(reference, cards=(Card("a", 16 * GIB), Card("b", 16 * GIB))))[0] == 2
     cards, _, memory = needs(replace(reference, cards=(Card("a", 8 * GIB),)))
     assert cards == 0 and 0 < memory - size < 1000
+
+
+WORKS = Finding("works")
+INSTALLED = Software(WORKS, WORKS, WORKS, WORKS, frozenset({"LlamaForCausalLM"}))
+
+
+def test_what_is_installed_may_be_lacking(project: Project, reference: Machine, tmp_path: Path) -> None:
+    def lacking(software: Software) -> dict[str, tuple[str, ...]]:
+        plan = preflight("deepseek32b", project, reference, software)
+        assert plan.fits == (set(told(plan)) == {"register_model"})
+        return {step: lacks for step, lacks in told(plan).items() if step != "register_model"}
+
+    assert lacking(INSTALLED) == {}
+    broken = Finding("0.50.2, does not work here: no kernel image", works=False)
+    assert lacking(replace(INSTALLED, bitsandbytes=broken)) == {"train_adapter": (f"bitsandbytes: {broken.text}",)}
+    assert lacking(replace(INSTALLED, llama_cpp=broken)) == {"check_base": (f"llama.cpp: {broken.text}",)}
+    fetched = tmp_path / "bases/deepseek32b"
+    fetched.mkdir(parents=True)
+    (fetched / "config.json").write_text('{"architectures": ["NewForCausalLM"]}')
+    assert lacking(INSTALLED) == {"check_base": ("llama.cpp: does not convert NewForCausalLM",)}
 
 
 def run(*options: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

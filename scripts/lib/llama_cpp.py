@@ -91,19 +91,35 @@ def provide_llama_cpp(
         ProgramError: the build failed.
         PackageIndexError: the source could not be fetched.
     """
-    flags = [*CMAKE_FLAGS, f"-DLLAMA_BUILD_COMMIT={commit}", *cmake_flags]
-    compiler = describe_compiler()
-    key = digest_json([sha256, flags, FASTER.read_text(), compiler, cpu_features()])[:16]
-    home = cache_folder() / "llama.cpp" / key
-    found = LlamaCpp(source=home / "source", programs=home / "build" / "bin", commit=commit)
-    if _is_complete(home, tools):
-        return found
-    with _locked(home):
-        if not (home / "source").is_dir():
-            _unpack_source(version=version, sha256=sha256, home=home)
-        if tools:
-            _build(home=home, flags=flags, tools=tools, threads=threads)
-    return found
+    flags = _all_flags(commit, cmake_flags)
+    home = _home(sha256, flags)
+    if not _is_complete(home, tools):
+        with _locked(home):
+            if not (home / "source").is_dir():
+                _unpack_source(version=version, sha256=sha256, home=home)
+            if tools:
+                _build(home=home, flags=flags, tools=tools, threads=threads)
+    return _in_cache(home, commit)
+
+
+def find_llama_cpp(*, sha256: str, commit: str, cmake_flags: Sequence[str]) -> LlamaCpp | None:
+    """The pinned llama.cpp if the cache holds its source; its programs may still have to be built."""
+    home = _home(sha256, _all_flags(commit, cmake_flags))
+    return _in_cache(home, commit) if (home / "source").is_dir() else None
+
+
+def _all_flags(commit: str, cmake_flags: Sequence[str]) -> list[str]:
+    return [*CMAKE_FLAGS, f"-DLLAMA_BUILD_COMMIT={commit}", *cmake_flags]
+
+
+def _home(sha256: str, flags: Sequence[str]) -> Path:
+    """The folder of the cache in which that source is built with those flags."""
+    key = digest_json([sha256, flags, FASTER.read_text(), describe_compiler(), cpu_features()])[:16]
+    return cache_folder() / "llama.cpp" / key
+
+
+def _in_cache(home: Path, commit: str) -> LlamaCpp:
+    return LlamaCpp(source=home / "source", programs=home / "build" / "bin", commit=commit)
 
 
 def use_llama_cpp(path: Path) -> LlamaCpp:

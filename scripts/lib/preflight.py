@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lib import estimate
 from lib.disk_ledger import Entry, disk_ledger
@@ -12,6 +13,7 @@ from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
 from lib.quant_types import SOURCE_TYPES
 from lib.quantize_path import QuantizedFile, QuantizePaths
+from lib.software import Software, architecture_of
 from lib.spec import Hardware, Model, Project
 
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
@@ -74,12 +76,13 @@ def planned_machine(hardware: Hardware) -> Machine:
     return Machine(cards, ram=ram, available=ram, swap=0, cores=None, disk={".": disk})
 
 
-def preflight(name: str, project: Project, machine: Machine) -> Preflight:
+def preflight(name: str, project: Project, machine: Machine, software: Software | None = None) -> Preflight:
     """
     Hold a model's plan against a machine.
 
     Args:
         machine: whose first place of disk is the working directory.
+        software: what is installed there; None where that is not known.
     """
     model = project.models[name]
     direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
@@ -91,6 +94,7 @@ def preflight(name: str, project: Project, machine: Machine) -> Preflight:
     steps = [*_steps(model, project.hardware, direct=direct), (RUN, _run_needs(model, machine))]
     for step, needs in steps:
         lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
+        lacks += _lacks_software(step, name, model, software) if software else []
         advice = tuple(dict.fromkeys(word for lack in lacks for word in _advice(step, lack, model, direct, keep)))
         optional = step in (REGISTER, RUN)
         rows.append(Row(step, needs, peaks.get(step), tuple(lacks), advice, optional))
@@ -184,10 +188,26 @@ def _lacks_disk(peak: int | None, free: int) -> Iterator[str]:
         yield f"disk: the plan takes {peak / 1e9:.1f} GB until then, {free / 1e9:.1f} GB free"
 
 
+def _lacks_software(step: str, name: str, model: Model, software: Software) -> Iterator[str]:
+    if step == "check_base":
+        if not software.llama_cpp.works:
+            yield f"llama.cpp: {software.llama_cpp.text}"
+        architecture = architecture_of(Path(model.base.path or f"bases/{name}"))
+        if architecture and software.architectures and architecture not in software.architectures:
+            yield f"llama.cpp: does not convert {architecture}"
+    quantized = model.adapter and model.adapter.train and model.adapter.train.method in ("int8", "qlora")
+    if step == "train_adapter" and quantized and not software.bitsandbytes.works:
+        yield f"bitsandbytes: {software.bitsandbytes.text}"
+
+
 def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Iterator[str]:
     """What to change for a step that does not fit."""
     what = lack.partition(":")[0]
-    if what == "disk" and step == REGISTER:
+    if what == "llama.cpp":
+        yield "llama_cpp.path: a llama.cpp that works here and knows the base"
+    elif what == "bitsandbytes":
+        yield "train.method: lora, or mend what bitsandbytes lacks"
+    elif what == "disk" and step == REGISTER:
         yield "have the server keep its models on another disk (OLLAMA_MODELS)"
     elif what == "disk":
         if not direct:
