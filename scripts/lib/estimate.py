@@ -1,8 +1,9 @@
 """
 What each step needs, from the model's shape and the config alone: milliseconds, no torch.
 
-Memory and disk in MB (10^6 bytes, as Snakemake counts), time in minutes. These are first estimates, on the safe
-side of what was seen so far.
+Memory and disk in MB (10^6 bytes, as Snakemake counts), time in minutes. The memory of training, merging, converting
+and quantizing is held against the measurements of docs/measurements.md, "What steps need"; all else is on the safe side
+of what was seen.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from lib.calibration import CHUNK_TOKENS
 from lib.quant_types import BITS_PER_WEIGHT
 from lib.spec import Hardware, Model, Shape
+from lib.token_loss import LOGITS_AT_ONCE
+from lib.train_settings import Train
 
+PYTHON_BYTES = 0.415e9  # Python with torch imported
 INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
 CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
-CUDA_HOST_BYTES = 3e9  # what it takes of RAM
+LOADING_THREADS = 8
+ADAPTER_STATE, ADAPTER_GRADIENT = 12, 4  # bytes a weight: itself and two moments, in float32; its gradient
 GIB = 1 << 30
 # Of a weight of a linear layer: NF4 with double quantization takes 4.127 bits (Dettmers et al. 2023), LLM.int8 8 and
 # two scales a row.
@@ -110,50 +115,97 @@ def fetch_needs(model: Model) -> Needs:
 
 
 def train_needs(model: Model, hardware: Hardware) -> Needs:
-    """Weights as the method holds them, the adapter with its optimizer, activations and logits of one batch."""
+    """What training_bytes says, on as many of the planned cards as it takes."""
     if model.adapter is None or model.adapter.train is None:
         return small_needs()
     train, shape = model.adapter.train, shape_of(model)
-    held = {"fp32": 4, "bf16": 2, "fp16": 2}[train.precision]
-    embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
-    linear = {"qlora": LINEAR_BYTES["4-bit"], "int8": LINEAR_BYTES["int8"]}.get(train.method, held)
-    weights = embeddings * held + (shape.parameters - embeddings) * linear
-    adapter = 16 * lora_parameters(shape, train.lora.r)  # float32 weight, gradient, two moments
-    tokens = train.per_device_train_batch_size * train.max_length
-    # As computed, in float32, and their gradient; lib.token_loss has no more than this at a time.
-    logits = min(tokens * shape.vocab_size, 1 << 26) * (held + 8)
-    kept = 1 if train.gradient_checkpointing else shape.num_hidden_layers
-    activations = tokens * held * (10 * shape.hidden_size + 3 * shape.intermediate_size) * kept
-    activations += tokens * held * shape.hidden_size * shape.num_hidden_layers
-    total = 1.1 * (weights + adapter + logits + activations)
     if train.device == "cpu":
-        return Needs(mem_mb=_mb(total + INTERPRETER_BYTES), disk_mb=100, runtime=_minutes(7e-4 * shape.parameters**0.8))
+        memory = PYTHON_BYTES + training_bytes(shape, train)
+        return Needs(mem_mb=_mb(memory), disk_mb=100, runtime=_minutes(7e-4 * shape.parameters**0.8))
     card = min(hardware.gpus, default=24.0) * GIB
-    count = max(1, min(len(hardware.gpus), math.ceil(total / (card - CUDA_BYTES))))
-    # Whole layers go to one card or another, and the logits to the last.
-    uneven = 1.3 if count > 1 else 1.0
-    return Needs(
-        mem_mb=_mb(INTERPRETER_BYTES + 4 * shape.embedding + 5e9),
-        disk_mb=1000,
-        runtime=240,
-        gpu=count,
-        gpu_mem_mb=min(_mb(uneven * total / count + CUDA_BYTES), _mb(card)),
-    )
+    most = max(1, len(hardware.gpus))
+    fitting = (n for n in range(1, most + 1) if training_bytes(shape, train, cards=n) <= card - CUDA_BYTES)
+    count = next(fitting, most)
+    each = _mb(training_bytes(shape, train, cards=count) + CUDA_BYTES)
+    return Needs(_mb(training_ram(shape, train)), disk_mb=1000, runtime=240, gpu=count, gpu_mem_mb=each)
 
 
-def merge_needs(model: Model) -> Needs:
-    """A few blocks of rows, whatever the model's size."""
+def training_bytes(shape: Shape, train: Train, *, cards: int = 1) -> float:
+    """
+    The most that tensors take of a card, or of RAM where that is trained on, in bytes.
+
+    Beside what is spread over the cards (weights, adapter, activations that are kept) it is either the logits of the
+    tokens that are computed at a time, or one block computed again, with the adapter's gradients.
+    """
+    on_cpu = train.device == "cpu"
+    held = {"fp32": 4, "bf16": 2, "fp16": 2}[train.precision]
+    linear = {"qlora": LINEAR_BYTES["4-bit"], "int8": LINEAR_BYTES["int8"]}.get(train.method, held)
+    embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
+    weights = embeddings * held + (shape.parameters - embeddings) * linear
+    adapter = lora_parameters(shape, train.lora.r)
+    tokens = train.per_device_train_batch_size * train.max_length
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    # Of int8 the inputs of the widest layer are kept once more; on the CPU nothing is compiled, so that more is kept.
+    copies = 1 if train.method == "int8" else 0
+    kept, wides = (10, 5 + copies) if on_cpu else (7, 3 + copies)
+    every_block = 0 if train.gradient_checkpointing else kept * hidden + wides * wide
+    spread = weights + ADAPTER_STATE * adapter + tokens * held * shape.num_hidden_layers * (hidden + every_block)
+    if cards > 1:
+        # Whole layers go to one card or another, and the output head to the last.
+        spread *= 1.11 / cards
+    logits = min(tokens * shape.vocab_size, LOGITS_AT_ONCE) * (17 + 2.5 * held if on_cpu else 13)
+    logits += 2.4 * tokens * shape.vocab_size if on_cpu else 0
+    block = tokens * held * (16 * hidden + (6.5 + copies) * wide) if train.gradient_checkpointing else 0
+    return 1.1 * (spread + max(logits, block, ADAPTER_GRADIENT * adapter / cards + block))
+
+
+def training_ram(shape: Shape, train: Train) -> float:
+    """
+    RAM of a training on cards, in bytes, the checkpoint's files not included: they are mapped and let go.
+
+    What was seen once all is loaded, and the tensors on their way to the cards, which no measurement tells apart.
+    """
+    quantized = {"qlora": 0.005, "int8": 0.015}.get(train.method, 0.0)
+    loading = 4 * shape.embedding + LOADING_THREADS * 2 * shape.hidden_size * shape.intermediate_size
+    memory = 1.13 * (0.98e9 + quantized * shape.parameters) + loading
+    if train.offload.use_cpu_offload:
+        # Weights beyond the cards, and the activations that are kept.
+        tokens = train.per_device_train_batch_size * train.max_length
+        memory += held_bytes(shape, {"qlora": "4-bit", "int8": "int8"}.get(train.method, "fp16"))
+        memory += 2 * tokens * shape.num_hidden_layers * shape.hidden_size
+    return memory
+
+
+def merge_needs(model: Model, threads: int = THREADS) -> Needs:
+    """A few blocks of rows for each thread, and the mapped adapter, whatever the model's size."""
     size = weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16")
-    needs = Needs(mem_mb=_mb(1.5e9), disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+    needs = Needs(mem_mb=0, disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+    shape = shape_of(model)
+    block = 14.3 * min(1 << 22, shape.hidden_size * shape.intermediate_size)
+    return _streamed(needs, model, threads, block_bytes=block, cuda_bytes=1.45e9)
+
+
+def direct_needs(model: Model, quants: Sequence[str], threads: int = THREADS) -> Needs:
+    """As merging, and the header of the file."""
+    seconds = len(quants) * shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
+    size = sum(weight_bytes(model, quant) + 0.1e9 for quant in quants)
+    needs = Needs(mem_mb=0, disk_mb=_mb(size), runtime=_minutes(seconds))
+    return _streamed(needs, model, threads, block_bytes=25e6, cuda_bytes=0.85e9)
+
+
+def _streamed(needs: Needs, model: Model, threads: int, *, block_bytes: float, cuda_bytes: float) -> Needs:
+    """With the memory of a step that goes through the weights in blocks, on the CPU or on a GPU."""
+    adapter = adapter_bytes(model)
     if model.merge.device == "cuda":
-        return replace(needs, mem_mb=_mb(1.5e9 + CUDA_HOST_BYTES), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
-    return needs
+        return replace(needs, mem_mb=_mb(cuda_bytes + adapter), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
+    return replace(needs, mem_mb=_mb(PYTHON_BYTES + adapter + block_bytes * threads))
 
 
 def convert_needs(model: Model) -> Needs:
     """llama.cpp's converter holds one tensor at a time, in two forms."""
     size = weight_bytes(model, "f16")
-    memory = INTERPRETER_BYTES + 6 * shape_of(model).embedding
+    shape = shape_of(model)
+    memory = 0.45e9 + 1.85 * shape.embedding * (1.0 if shape.tie_word_embeddings else 1.5)
     return Needs(mem_mb=_mb(memory), disk_mb=_mb(size), runtime=_minutes(size / CONVERT_BYTES))
 
 
@@ -161,18 +213,8 @@ def quantize_needs(model: Model, quant: str) -> Needs:
     """llama-quantize holds its largest tensor as read, as float32 and quantized."""
     shape = shape_of(model)
     seconds = 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
-    memory = 0.3e9 + 7 * shape.embedding
+    memory = 0.08e9 + 7.1 * shape.embedding
     return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
-
-
-def direct_needs(model: Model, quants: Sequence[str]) -> Needs:
-    """Blocks of rows for each thread, and the header of the file; 1.2 GB were seen with 16 threads at 32B."""
-    seconds = len(quants) * shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
-    size = sum(weight_bytes(model, quant) + 0.1e9 for quant in quants)
-    needs = Needs(mem_mb=_mb(2e9), disk_mb=_mb(size), runtime=_minutes(seconds))
-    if model.merge.device == "cuda":
-        return replace(needs, mem_mb=_mb(2e9 + CUDA_HOST_BYTES), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
-    return needs
 
 
 def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
