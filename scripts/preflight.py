@@ -6,48 +6,21 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.cli import FAILED, UsageError, run_script, script_parser
-from lib.config import put_over, suggest
-from lib.errors import ModelmillError
+from lib.config import put_over, read_config, suggest
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
 from lib.preflight import Preflight, Row, planned_machine, preflight
 from lib.software import Software, this_software
-from lib.spec import Project, resolve_project
+from lib.spec import resolve_project
 from lib.toolchain import cache_folder
 
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
-
-
-class ConfigFileError(ModelmillError):
-    """There is no config that could be read."""
-
-
-def read_project(paths: Sequence[Path], changes: Mapping[str, Any]) -> Project:
-    """
-    The resolved config of files, each over the one before, and of changes over them.
-
-    Raises:
-        ConfigFileError: no file, or no YAML.
-        ConfigError: listing every mistake.
-    """
-    config: dict[str, Any] = {}
-    for path in paths:
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigFileError(f"{path}: {error}") from error
-        if not isinstance(found, dict):
-            raise ConfigFileError(f"{path}: expected keys and values, found {found!r:.60}")
-        config = put_over(config, found)
-    return resolve_project(put_over(config, changes))
 
 
 def describe_machine(machine: Machine) -> Iterator[str]:
@@ -135,7 +108,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    project = read_project(arguments.config, arguments.changes)
+    project = resolve_project(put_over(read_config(arguments.config), arguments.changes))
     names = arguments.model or list(project.models)
     for name in names:
         if name not in project.models:

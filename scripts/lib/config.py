@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,25 @@ def schema() -> dict[str, Any]:
 def definition(name: str) -> dict[str, Any]:
     """One of the schema's definitions, as in "train"."""
     return schema()["$defs"][name]
+
+
+def read_config(paths: Sequence[Path]) -> dict[str, Any]:
+    """
+    What files of YAML say, each put over the one before; not checked yet.
+
+    Raises:
+        ConfigError: no file, or no YAML.
+    """
+    config: dict[str, Any] = {}
+    for path in paths:
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: expected keys and values, found {found!r:.60}")
+        config = put_over(config, found)
+    return config
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -85,11 +104,11 @@ def fill_by_method(section: str, settings: dict[str, Any]) -> None:
 
 
 def _fill(value: Any, rules: dict[str, Any]) -> None:
-    rules = _resolve(rules)
+    rules = follow_reference(rules)
     if not isinstance(value, dict):
         return
     for key, rule in rules.get("properties", {}).items():
-        resolved = _resolve(rule)
+        resolved = follow_reference(rule)
         if key not in value and "default" in resolved:
             value[key] = copy.deepcopy(resolved["default"])
         if key in value:
@@ -119,7 +138,8 @@ def _is_endless(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _resolve(rules: dict[str, Any]) -> dict[str, Any]:
+def follow_reference(rules: dict[str, Any]) -> dict[str, Any]:
+    """A part of the schema; where it only names a definition, that one."""
     reference = rules.get("$ref")
     return definition(reference.removeprefix("#/$defs/")) if reference else rules
 
@@ -148,6 +168,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
         number = isinstance(error.instance, str) and EXPONENT.fullmatch(error.instance)
         hint = "; YAML reads an exponent only with a point and a sign, as in 1.0e-4" if number else ""
+        hint = f"; a list is [{error.instance}]" if wanted == "array" and isinstance(error.instance, str) else hint
         yield f"{prefix}expected {wanted}, found {_name_type(error.instance)} {error.instance!r}{hint}"
     elif error.validator == "enum":
         allowed = [str(option) for option in error.validator_value]
