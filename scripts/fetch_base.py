@@ -15,7 +15,15 @@ from lib.console import say
 from lib.gguf_import import import_gguf
 from lib.hub import download_checkpoint
 from lib.jsonfile import read_json, write_json
-from lib.manifest import NAME, describe_files, folder_manifest, sha256_file, write_folder_manifest
+from lib.manifest import (
+    NAME,
+    ManifestError,
+    describe_files,
+    folder_manifest,
+    read_folder_manifest,
+    sha256_file,
+    write_folder_manifest,
+)
 from lib.options import add_json_setting, add_settings
 from lib.outputs import finished_folder
 from lib.package_index import fetch_package
@@ -76,9 +84,19 @@ def describe_path(*, path: Path, output: Path, shape: dict[str, Any] | None, thr
     """List a checkpoint that stays where it is; only its manifest is written to `output`."""
     _check_shape(path, shape)
     files = describe_files(path, checkpoint_files(path), threads=threads)
-    origin = {"kind": "path", "name": path.resolve().name}
+    origin = {"kind": "path", "name": path.resolve().name, **_known_name(path, files)}
     write_json(output / NAME, folder_manifest(artifact="base", files=files, origin=origin))
     say(f"{path}: {len(files)} files listed")
+
+
+def _known_name(path: Path, files: dict[str, Any]) -> dict[str, str]:
+    """Name and revision of a base that was fetched for another model, where its files are still those."""
+    try:
+        manifest = read_folder_manifest(path, artifact="base")
+    except ManifestError:
+        return {}
+    origin = manifest["origin"] or {}
+    return {key: origin[key] for key in ("name", "revision") if origin.get(key) and manifest["files"] == files}
 
 
 def _finish(folder: Path, *, shape: dict[str, Any] | None, origin: dict[str, Any], threads: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ import tiny
 from conftest import ROOT
 from fake_hub import FakeHub
 
-from lib.manifest import describe_files, sha256_file
+from lib.manifest import describe_files, sha256_file, write_folder_manifest
 
 
 def fetch(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +58,22 @@ def test_path_is_used_in_place(tiny_base: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["MANIFEST.json"]
     assert set(manifest["files"]) == {path.name for path in tiny_base.iterdir()}
     assert manifest["origin"] == {"kind": "path", "name": "tiny-llama"}
+
+
+def test_a_base_that_was_fetched_for_another_model_keeps_its_name(tiny_base: Path, tmp_path: Path) -> None:
+    """So that a GGUF says the same of its base, wherever that lies."""
+    fetched = shutil.copytree(tiny_base, tmp_path / "bases/first")
+    files = describe_files(fetched, [path.name for path in tiny_base.iterdir()], threads=1)
+    hub = {"kind": "hub", "name": "someone/tiny", "revision": "c" * 40}
+    write_folder_manifest(fetched, artifact="base", files=files, origin=hub)
+    done = fetch("--path", str(fetched), "--output", str(tmp_path / "bases/second"))
+    assert done.returncode == 0, done.stderr
+    second = manifest_of(tmp_path / "bases/second")
+    assert second["origin"] == {**hub, "kind": "path"}
+    assert second["digest"] == manifest_of(fetched)["digest"]
+    (fetched / "config.json").write_text((fetched / "config.json").read_text() + "\n")  # other files than were fetched
+    assert fetch("--path", str(fetched), "--output", str(tmp_path / "bases/second")).returncode == 0
+    assert manifest_of(tmp_path / "bases/second")["origin"] == {"kind": "path", "name": "first"}
 
 
 def wheel_with(gguf: Path, folder: Path) -> Path:
