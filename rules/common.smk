@@ -18,12 +18,13 @@ from lib import estimate
 from lib.checkpoint import is_side_file
 from lib.code import code_digest
 from lib.config import as_yaml, put_over
+from lib.decisions import merge_decisions, training_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
-from lib.spec import resolve_project, resolved_methods
+from lib.spec import resolve_project
 from lib.targets import ADAPTER, explain_target, final_files, model_names, wrong_targets
 
 try:
@@ -41,7 +42,7 @@ if workflow.output_settings.dryrun:
     # What jobs ask for, not what a limit (`--resources`) leaves of it.
     for name in RESOURCES:
         workflow.global_resources[name] = None
-    for line in resolved_methods(PROJECT):
+    for line in [*training_decisions(PROJECT).values(), *merge_decisions(PROJECT, PATHS).values()]:
         print(line, file=sys.stderr)
 
 

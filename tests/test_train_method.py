@@ -53,6 +53,23 @@ def test_the_reason_names_the_smallest_card() -> None:
     assert "smallest planned GPU 12 GiB (less than 16)" in resolve(7e9, [24, 12])["method_reason"]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "gpus", "said"),
+    [
+        (32.8e9, [24, 24], "65.6 GB in 16 bits do not fit the 51.5 GB of all GPUs"),
+        (8e9, [8], "16.0 GB in 16 bits do not fit the 8.6 GB of all GPUs"),
+        (32.8e9, [80], None),
+        (7.6e9, [24], None),
+        (32.8e9, [], None),
+    ],
+)
+def test_the_reason_says_where_16_bits_do_not_fit(parameters: float, gpus: list[float], said: str | None) -> None:
+    """Then the method is never one that would hold 16 bits on the GPU: nothing has to fail first."""
+    settings = resolve(parameters, gpus)
+    assert settings["method_reason"].endswith(f"; {said}") if said else "do not fit" not in settings["method_reason"]
+    assert said is None or settings["method"] in ("qlora", "int8")
+
+
 def test_what_the_user_wrote_wins() -> None:
     settings = resolve(32e9, [24], method="lora", precision="fp16", learning_rate=3e-4)
     assert (settings["method"], settings["precision"], settings["learning_rate"]) == ("lora", "fp16", 3e-4)

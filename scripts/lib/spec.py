@@ -241,16 +241,6 @@ def resolve_project(config: Mapping[str, Any]) -> Project:
     return build(Project, filled)
 
 
-def resolved_methods(project: Project) -> list[str]:
-    """What `method: auto` came to, a line per model of which the config leaves it open."""
-    trained = {name: model.adapter.train for name, model in project.models.items() if model.adapter}
-    return [
-        f"{name}: trained by {train.method} in {train.precision} on {train.device} ({train.method_reason})"
-        for name, train in trained.items()
-        if train and train.method_reason.startswith("auto")
-    ]
-
-
 def _plain(value: Any) -> Any:
     """Snakemake hands over its own mapping types; the schema validator wants plain ones."""
     if isinstance(value, Mapping):

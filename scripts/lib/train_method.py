@@ -9,6 +9,7 @@ from lib.config import fill_by_method
 from lib.errors import ModelmillError
 
 BILLION = 1_000_000_000
+GIB = 1 << 30
 # bitsandbytes' own names for two of the methods.
 FLAGS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
 
@@ -37,7 +38,8 @@ def resolve_method(train: dict[str, Any], *, parameters: int, gpus: Sequence[flo
     train["method_reason"] = "as configured"
     if asked == "auto":
         planned = [] if train["device"] == "cpu" else list(gpus)
-        asked, precision, train["method_reason"] = _choose(parameters, planned)
+        asked, precision, reason = _choose(parameters, planned)
+        train["method_reason"] = reason + _excess(parameters, planned)
         if train.get("precision") is None:
             train["precision"] = precision
     train["method"] = asked
@@ -86,3 +88,9 @@ def _choose(parameters: int, gpus: Sequence[float]) -> tuple[str, str | None, st
                 return "int8", None, f"auto: {size}, smallest planned GPU {card:g} GiB (at least {memory})"
             return "qlora", None, f"auto: {size}, smallest planned GPU {card:g} GiB (less than {memory})"
     return "qlora", None, f"auto: {size}, smallest planned GPU {card:g} GiB"
+
+
+def _excess(parameters: int, gpus: Sequence[float]) -> str:
+    """What 16 bits would come to, where no planned cards hold that; others find out when loading fails."""
+    size, held = 2 * parameters / 1e9, sum(gpus) * GIB / 1e9
+    return f"; {size:.1f} GB in 16 bits do not fit the {held:.1f} GB of all GPUs" if 0 < held < size else ""
