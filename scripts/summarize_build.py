@@ -44,10 +44,22 @@ def summarize_build(*, model: str, folder: Path) -> str:
     lines += _describe_answers(folder / "reports" / f"{model}.smoke.json")
     lines += _describe_documents(folder / "reports" / f"{model}.rag.json")
     modelfile = folder / "models" / f"{model}.Modelfile"
-    if modelfile.is_file():
+    if registered := _registered_as(folder, model):
+        lines += ["to talk to it, where it is registered with Ollama:", f"  ollama run {registered}"]
+    elif modelfile.is_file():
         lines += ["to talk to it with Ollama:", f"  ollama create {model} -f {modelfile.relative_to(folder)}"]
         lines += [f"  ollama run {model}"]
     return "\n".join(lines)
+
+
+def _registered_as(folder: Path, model: str) -> str | None:
+    """What the model is called in Ollama, if what is registered there are weights that lie here."""
+    receipt = folder / "ollama" / f"{model}.json"
+    if not receipt.is_file():
+        return None
+    registered = read_json(receipt)
+    here = {read_json(each)["sha256"] for each in (folder / "models").glob(f"{model}.*.gguf.json")}
+    return registered["name"] if registered["weights"]["sha256"] in here else None
 
 
 def _step_seconds(folder: Path, model: str) -> dict[str, float]:

@@ -64,6 +64,10 @@ to talk to it with Ollama:
   ollama create tiny -f models/tiny.Modelfile
   ollama run tiny"""
 
+REGISTERED = """
+to talk to it, where it is registered with Ollama:
+  ollama run me/tiny:x"""
+
 
 def write_artifacts(folder: Path) -> Path:
     """Files of the sizes above, and nothing about how they were made."""
@@ -131,6 +135,16 @@ def test_answers_from_documents(folder: Path) -> None:
     (folder / "reports/tiny.rag.json").write_text(json.dumps(report))
     counts = FROM_DOCUMENTS.partition("\n  question")[0]
     assert summarize(folder).stdout == BUILT + SIZED + STEPPED + ANSWERED + counts + OLLAMA + "\n"
+
+
+@pytest.mark.parametrize(("registered", "end"), [("ab", REGISTERED), ("cd", OLLAMA)])
+def test_what_is_registered_need_not_be_created(registered: str, end: str, folder: Path) -> None:
+    """As long as it is these weights."""
+    (folder / "models/tiny.q4_k_m.gguf.json").write_text('{"sha256": "ab"}')
+    (folder / "models/tiny.base.q4_k_m.gguf.json").write_text('{"sha256": "ef"}')
+    (folder / "ollama").mkdir()
+    (folder / "ollama/tiny.json").write_text(json.dumps({"name": "me/tiny:x", "weights": {"sha256": registered}}))
+    assert summarize_build(model="tiny", folder=folder) == BUILT + SIZED + STEPPED + ANSWERED + end
 
 
 def test_after_make_clean_no_time_is_told(folder: Path) -> None:

@@ -255,14 +255,15 @@ def _resolve_base(where: str, base: dict[str, Any], problems: list[str]) -> None
         published = Path(base["path"], "config.json")
         _need_file(f"{where}.path", str(published), problems)
         if base["shape"] is None and published.is_file():
-            base["shape"] = _read_shape(published)
+            base["shape"] = read_shape(published)
             if base["shape"] is None:
                 problems.append(f"{where}.shape: {published} does not give the model's sizes; give them here")
     if base["shape"] is None and base["path"] is None:
         problems.append(f"{where}: missing key 'shape': the plan needs the model's sizes before it is there")
 
 
-def _read_shape(path: Path) -> dict[str, Any] | None:
+def read_shape(path: Path) -> dict[str, Any] | None:
+    """The sizes that a published config.json gives; None if it does not give all of them."""
     try:
         published = read_json(path)
     except ValueError:
