@@ -171,6 +171,7 @@ def test_a_base_on_the_hub_that_nobody_knows() -> None:
     [
         ("/home/x/model", "the base '/home/x/model' is neither a folder here, nor a .gguf file, nor owner/name on the"),
         ("gone.gguf", "the base 'gone.gguf' is neither a folder here, nor a .gguf file"),
+        ("gone/model.gguf", "the base 'gone/model.gguf' is neither a folder here, nor a .gguf file"),
         ("tiny", "the base 'tiny' is neither a folder here"),
         ("maker/new", "--base maker/new: which revision? say it as in maker/new@main; a branch is resolved"),
         ("maker/new@v1", "--base maker/new@v1: the plan needs its sizes before it is there; say --shape FILE, with its "

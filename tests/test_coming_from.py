@@ -22,6 +22,7 @@ from tiny_adapter import write_constants
 from lib import estimate
 from lib.config import as_yaml, mistakes_in, schema
 from lib.gguf_file import count_types, read_gguf
+from lib.preflight import planned_machine, preflight
 from lib.set_option import parse_settings, place_of
 from lib.spec import resolve_project
 
@@ -33,13 +34,14 @@ SPAN = re.compile(r"`([^`]+)`")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z0-9_]+)+)(?:: (.+))?")
 # What both documents name, and the document here has to map.
 THEIRS = """
-    qlora_to_ollama.py unified_model_processor.py validate_32b_quantization.py use_qlora qlora_4bit base_model_loading
-    merge_dtype final_format low_cpu_mem_usage offload_folder max_memory llm_int8_enable_fp32_cpu_offload device_map
-    --training --model --data tensorboard enabled load_in_8bit load_in_4bit llm_int8_threshold llm_int8_has_fp16_weight
-    llm_int8_skip_modules bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_type r lora_alpha
-    lora_dropout target_modules bias task_type batch_size epochs precision lr gradient_checkpointing use_cpu_offload
-    use_disk_offload adaptive_micro_batch min_micro_batch_size mb_backoff_factor oom_retries memory/allocated_gb
-    memory/cached_gb train/loss bitsandbytes peft accelerate vit_heatmap convnext_fpn_heatmap
+    qlora_to_ollama.py unified_model_processor.py memory_optimized_loader.py lora_finetuning.py
+    validate_32b_quantization.py use_qlora qlora_4bit base_model_loading merge_dtype final_format low_cpu_mem_usage
+    offload_folder max_memory llm_int8_enable_fp32_cpu_offload device_map --training --model --data tensorboard
+    enabled load_in_8bit load_in_4bit llm_int8_threshold llm_int8_has_fp16_weight llm_int8_skip_modules
+    bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_type r lora_alpha lora_dropout target_modules
+    bias task_type batch_size epochs precision lr gradient_checkpointing use_cpu_offload use_disk_offload
+    adaptive_micro_batch min_micro_batch_size mb_backoff_factor oom_retries memory/allocated_gb memory/cached_gb
+    train/loss bitsandbytes peft accelerate vit_heatmap convnext_fpn_heatmap
 """.split()
 
 
@@ -211,6 +213,18 @@ def test_the_recommended_settings_are_a_config(monkeypatch: pytest.MonkeyPatch) 
     train = model.adapter.train
     assert (train.method, train.quantization.bnb_4bit_quant_type, train.lora.r) == ("qlora", "nf4", 16)
     assert (model.merge.dtype, model.quantize.types) == ("float16", ("q4_k_m",))
+
+
+def test_16_bits_that_do_not_fit_are_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the report tries them and falls back: the recommended settings, with the method written by hand."""
+    config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
+    monkeypatch.chdir(ROOT)
+    for method, fits in (("auto", True), ("lora", False)):
+        config["models"]["deepseek32b"]["adapter"]["train"]["method"] = method
+        project = resolve_project(config)
+        plan = preflight("deepseek32b", project, planned_machine(project.hardware))
+        (row,) = [row for row in plan.rows if row.step == "train_adapter"]
+        assert row.fits == fits and (fits or row.advice[0] == "train.method: qlora")
 
 
 def test_figures_are_those_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,9 +67,6 @@ def request_model(
         raise UsageError(f"config.yaml has a model {name!r}, whose adapter would be lost; say another --name")
     if like is not None and like not in models:
         raise UsageError(f"--like: unknown model {like!r}{suggest(like, list(models))}")
-    taken = {key: value for key, value in models.get(like, {}).items() if key not in ("base", "adapter")}
-    if "ollama" in taken:
-        taken["ollama"] = {key: value for key, value in taken["ollama"].items() if key != "name"}
     if base is None and like is not None:
         known = {like: known[like]}
         base = next(known[like][key] for key in ("hub", "path", "gguf", "pypi") if key in known[like])
@@ -77,7 +74,9 @@ def request_model(
         known = {**_requested_bases(), **known}
     sizes = None if shape is None else config_shape(shape)
     section = choose_base(base or trained_on(adapter), name=name, known=known, shape=sizes)
-    return put_over({**taken, "base": section, "adapter": {"path": str(adapter)}}, settings)
+    return put_over(
+        {**_settings_of(models.get(like, {})), "base": section, "adapter": {"path": str(adapter)}}, settings
+    )
 
 
 def requested_models() -> dict[str, Any]:
@@ -89,7 +88,7 @@ def requested_models() -> dict[str, Any]:
     """
     models: dict[str, Any] = {}
     for path in sorted(REQUESTS.glob("*.yaml")):
-        models |= read_config([path])["models"]
+        models |= read_config([path]).get("models", {})
     return models
 
 
@@ -175,23 +174,8 @@ def choose_base(
         return _known_base(same, name=name)
     if asked.endswith(".gguf") and Path(asked).is_file():
         return {"gguf": asked, "shape": shape or gguf_shape(read_gguf(Path(asked)))}
-    if not HUB_ID.match(called):
-        raise UsageError(
-            f"the base {asked!r} is neither a folder here, nor a .gguf file, nor owner/name on the Hub, nor that of a "
-            "model in config.yaml; say --base"
-        )
-    if not revision:
-        raise UsageError(
-            f"--base {called}: which revision? say it as in {called}@main; a branch is resolved to its commit when "
-            "it is fetched"
-        )
     sizes = shape or next((base["shape"] for base in alike.values() if base.get("shape")), None)  # fetching checks it
-    if sizes is None:
-        raise UsageError(
-            f"--base {asked}: the plan needs its sizes before it is there; say --shape FILE, with its config.json from "
-            f"https://huggingface.co/{called}/resolve/{revision}/config.json"
-        )
-    return {"hub": called, "revision": revision, "shape": sizes}
+    return _hub_base(asked, shape=sizes)
 
 
 def config_shape(path: Path) -> dict[str, Any]:
@@ -228,6 +212,27 @@ def gguf_shape(file: GgufFile) -> dict[str, Any]:
     return shape
 
 
+def _hub_base(asked: str, *, shape: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A repository that no model has; what the plan needs of it has to be said."""
+    called, _, revision = asked.partition("@")
+    if not HUB_ID.match(called) or called.endswith(".gguf"):
+        raise UsageError(
+            f"the base {asked!r} is neither a folder here, nor a .gguf file, nor owner/name on the Hub, nor that of a "
+            "model in config.yaml; say --base"
+        )
+    if not revision:
+        raise UsageError(
+            f"--base {called}: which revision? say it as in {called}@main; a branch is resolved to its commit when "
+            "it is fetched"
+        )
+    if shape is None:
+        raise UsageError(
+            f"--base {asked}: the plan needs its sizes before it is there; say --shape FILE, with its config.json from "
+            f"https://huggingface.co/{called}/resolve/{revision}/config.json"
+        )
+    return {"hub": called, "revision": revision, "shape": shape}
+
+
 def _names_of(base: Mapping[str, Any]) -> set[str]:
     """What a base may be called: as in config.yaml, or as in an adapter that was trained on it."""
     files = {Path(base[key]).name for key in ("path", "gguf") if base.get(key)}
@@ -258,6 +263,14 @@ def _fetched(model: str) -> dict[str, Any] | None:
         return read_folder_manifest(Path("bases", model), artifact="base")
     except ManifestError:
         return None
+
+
+def _settings_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model may share with another: not what it is, nor what it is called."""
+    shared = {key: value for key, value in model.items() if key not in ("base", "adapter")}
+    if "ollama" in shared:
+        shared["ollama"] = {key: value for key, value in shared["ollama"].items() if key != "name"}
+    return shared
 
 
 def _bases(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
