@@ -71,7 +71,7 @@ def copy_checkout(target: Path) -> Path:
     """The parts of this checkout that the workflow is made of, to be edited."""
     for name in ("rules", "scripts", "schemas", "profiles", "envs"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Snakefile", "README.md"):
+    for name in ("Snakefile", "README.md", "requirements.txt"):
         shutil.copy2(ROOT / name, target / name)
     return target
 
