@@ -18,6 +18,7 @@ from lib import estimate
 from lib.checkpoint import is_side_file
 from lib.code import code_digest
 from lib.config import as_yaml, put_over
+from lib.config_file import read_config_file, repeated_keys
 from lib.decisions import merge_decisions, training_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
@@ -27,10 +28,31 @@ from lib.quantize_path import JOIN, QuantizePaths
 from lib.spec import resolve_project
 from lib.targets import ADAPTER, explain_target, final_files, model_names, wrong_targets
 
+# Each lies over the one before. A workflow that takes this one as a module may bring the config along instead.
+CONFIG_FILES = [Path("config.yaml"), *workflow.config_settings.configfiles]
+if workflow.modifier.skip_configfile:
+    CONFIG_FILES = []
+elif len(CONFIG_FILES) > 1 and not os.path.exists("config.yaml"):
+    CONFIG_FILES = CONFIG_FILES[1:]
+
+# Read here first, and not told by an exception: Snakemake's own words for it are a traceback.
 try:
-    PROJECT = resolve_project(put_over(config, as_yaml(workflow.config_settings.config)))
+    for file in CONFIG_FILES:
+        read_config_file(file)
 except ModelmillError as error:
-    raise WorkflowError(str(error)) from None
+    sys.exit(str(error))
+
+
+configfile: "config.yaml"
+
+
+try:
+    PROJECT = resolve_project(
+        put_over(config, as_yaml(workflow.config_settings.config)),
+        known=[line for file in CONFIG_FILES for line in repeated_keys(file)],
+    )
+except ModelmillError as error:
+    sys.exit(str(error))
 
 # Which files are asked for is not known yet when rules are read, but the words of the command line are.
 PATHS = QuantizePaths(PROJECT, sys.argv[1:])

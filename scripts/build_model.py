@@ -18,14 +18,13 @@ from summarize_build import summarize_build
 
 from lib.adapter_request import LATEST, REQUESTS, choose_adapter, choose_name, request_model, requested_models
 from lib.cli import UsageError, run_script, script_parser
-from lib.config import put_over, read_config
+from lib.config_file import read_config, read_project
 from lib.console import say
 from lib.decisions import merge_decisions
 from lib.errors import ModelmillError
 from lib.outputs import finished_file
 from lib.quantize_path import QuantizePaths
 from lib.set_option import parse_settings
-from lib.spec import resolve_project
 from lib.targets import final_files
 
 SNAKEFILE = Path(__file__).resolve().parents[1] / "Snakefile"
@@ -63,7 +62,7 @@ def build_model(
         BuildError: Snakemake ended with an error.
     """
     request = REQUESTS / f"{name}.yaml"
-    project = resolve_project(put_over(read_config(configs), {"models": {name: section}}))
+    project = read_project(configs, {"models": {name: section}})
     targets = final_files(replace(project, models={name: project.models[name]}))
     targets += [f"ollama/{name}.json"] if register else []
     _write_request(request, name, section)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.cli import FAILED, UsageError, run_script, script_parser
-from lib.config import put_over, read_config, suggest
+from lib.config import suggest
+from lib.config_file import read_project
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
 from lib.preflight import Preflight, Row, planned_machine, preflight
 from lib.software import Software, this_software
-from lib.spec import resolve_project
 from lib.toolchain import cache_folder
 
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
@@ -108,7 +108,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    project = resolve_project(put_over(read_config(arguments.config), arguments.changes))
+    project = read_project(arguments.config, arguments.changes)
     names = arguments.model or list(project.models)
     for name in names:
         if name not in project.models:

@@ -93,6 +93,8 @@ def test_a_larger_model_never_needs_less(step: str, gpus: list[float], key: str,
     found = []
     for factor in (1, 10, 1000):
         shape = {**SHAPE, key: SHAPE[key] * factor, "head_dim": 16}
+        if key == "num_key_value_heads":  # which cannot be more than there are query heads
+            shape["num_attention_heads"] *= factor
         project = make(shape, gpus=gpus)
         found.append(dataclasses.astuple(EVERY_STEP[step](project.models["m"], project.hardware)))
     for smaller, larger in zip(found, found[1:], strict=False):

@@ -165,7 +165,7 @@ def test_the_order_of_parameters_does_not_matter() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "said"),
-    [("[1]", "found list [1]"), ('{"heat": 1}', "unknown key 'heat'"), ('{"stop": "END"}', "stop: expected array")],
+    [("[1]", "found list [1]"), ('{"heat": 1}', "unknown key 'heat'"), ('{"stop": "END"}', "stop: expected list")],
 )
 def test_wrong_parameters_on_the_command_line(parameters: str, said: str, tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[1] / "scripts/render_modelfile.py"

@@ -52,7 +52,7 @@ def parse(words: list[str], section: str, *, without: tuple[str, ...] = ()) -> d
         {"offload": {"use_cpu_offload": True, "offload_folder": "my disk/$HOME", "low_cpu_mem_usage": True}},
         {"learning_rate": 1.0e-5, "num_train_epochs": 0.1, "weight_decay": 1 / 3, "warmup_steps": 100},
         {"lora": {"target_modules": ["q_proj", "model.layers.0.mlp"], "lora_alpha": 0.5, "lora_dropout": 0.05}},
-        {"lora": {"target_modules": []}, "seed": 2**40},
+        {"lora": {"target_modules": []}, "seed": 2**31},
         {"lora": {"r": 8.0}},
         {"data": "my talks, 会話; $HOME's.jsonl"},
         {"data": "-dash.jsonl"},
@@ -226,9 +226,9 @@ def test_a_mapping_as_json_is_held_against_the_schema(capsys: pytest.CaptureFixt
     for text, said in (
         ("{bad", "'{bad' is no valid JSON"),
         ("[" * 100_000, "is no valid JSON"),
-        ("[1]", "expected object, found list [1]"),
+        ("[1]", "expected mapping, found list [1]"),
         ('{"temprature": 1}', "unknown key 'temprature'; did you mean 'temperature'?"),
-        ('{"stop": "END"}', "stop: expected array, found string 'END'"),
+        ('{"stop": "END"}', "stop: expected list, found string 'END'"),
         ('{"num_ctx": 0, "top_p": NaN}', "num_ctx: 0 is less than the minimum of 1; top_p: nan is no finite number"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -65,7 +65,7 @@ def test_every_tensor_type_of_llama_cpp_can_be_named() -> None:
         ({"tensor_type": {"attn_v": "q4_k_m"}}, "tensor_type.attn_v: 'q4_k_m' is none of"),
         ({"tensor_type": {"attn_v": "q4_k_m"}}, "did you mean 'q4_k'?"),
         ({"tensor_type": {"attn_v": None}}, "tensor_type.attn_v: None is none of"),
-        ({"tensor_type": {"": "q8_0"}}, "tensor_type: '' should be non-empty"),
+        ({"tensor_type": {"": "q8_0"}}, "tensor_type: is an empty text"),
         ({"pure": "yes"}, "pure: expected boolean, found string 'yes'"),
         ({"output_tensor_typ": "q8_0"}, "unknown key 'output_tensor_typ'; did you mean 'output_tensor_type'?"),
     ],

@@ -97,12 +97,12 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "memory of no size": (
         ["--max-memory", '{"0": "lots"}'],
         2,
-        "error: argument --max-memory: 0: 'lots' is not of the form ^[0-9]+(\\.[0-9]+)? ?(GB|GiB|MB|MiB)$",
+        "error: argument --max-memory: 0: 'lots' is not of the form: 20GiB or 20GB, 500MiB or 500MB",
     ),
     "memory of an unknown device": (
         ["--max-memory", '{"gpu": "20GB"}'],
         2,
-        "error: argument --max-memory: 'gpu' is not of the form ^([0-9]+|cpu)$",
+        "error: argument --max-memory: 'gpu' is not of the form: a card's number, or cpu",
     ),
     "no GPU": (
         ["--device", "cuda", "--method", "lora"],

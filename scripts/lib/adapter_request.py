@@ -10,7 +10,8 @@ from typing import Any
 from lib.adapter_folder import CONFIG
 from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
 from lib.cli import UsageError
-from lib.config import definition, put_over, read_config, suggest
+from lib.config import definition, put_over, suggest
+from lib.config_file import read_config
 from lib.gguf_file import GgufFile, read_gguf
 from lib.jsonfile import read_json
 from lib.manifest import ManifestError, read_folder_manifest

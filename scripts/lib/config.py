@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ from lib.errors import ModelmillError
 
 # YAML 1.1 takes a number with an exponent for text, unless it has a point and the exponent a sign.
 EXPONENT = re.compile(r"[+-]?[0-9.]+[eE][+-]?[0-9]+")
+LARGEST = 1 << 63  # bytes, weights or steps: nothing that is meant is larger
+NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "mapping"}
+NAMES |= {type(None): "null", datetime.date: "date", datetime.datetime: "time"}
+SCHEMA_NAMES = {"object": "mapping", "array": "list"}
+SWITCHES = "YAML reads on, off, yes and no as true and false"
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 
 
@@ -39,23 +46,46 @@ def definition(name: str) -> dict[str, Any]:
     return schema()["$defs"][name]
 
 
-def read_config(paths: Sequence[Path]) -> dict[str, Any]:
-    """
-    What files of YAML say, each put over the one before; not checked yet.
+Place = tuple[str | int, ...]  # keys and numbers of entries, from the top
 
-    Raises:
-        ConfigError: no file, or no YAML.
+
+@dataclass(frozen=True)
+class Mistake:
+    """A part of a config that the schema does not allow, and what is said about it."""
+
+    path: Place
+    text: str
+
+    def __str__(self) -> str:
+        place = ".".join(map(str, self.path))
+        return f"{place}: {self.text}" if place else self.text
+
+
+def as_plain(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     """
-    config: dict[str, Any] = {}
-    for path in paths:
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        if not isinstance(found, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {found!r:.60}")
-        config = put_over(config, found)
-    return config
+    A config of plain mappings and lists, since Snakemake hands over types of its own.
+
+    Returns:
+        The config with texts as keys, and the keys that YAML read as something else: how they were written cannot be
+        seen any more, and files would be called after them.
+    """
+    mistakes: list[Mistake] = []
+    plain: dict[str, Any] = _plain(config, (), mistakes)
+    return plain, mistakes
+
+
+def _plain(value: Any, path: Place, mistakes: list[Mistake]) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(entry, (*path, number), mistakes) for number, entry in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        # Devices of max_memory are numbers to everybody.
+        if not isinstance(key, str) and not (type(key) is int and path[-1:] == ("max_memory",)):
+            why = f" ({SWITCHES})" if isinstance(key, bool) else ""
+            mistakes.append(Mistake(path, f"the key {_shown(key)} is no text{why}; write it in quotes"))
+    named = {key if isinstance(key, str) else str(key).lower(): entry for key, entry in value.items()}
+    return {key: _plain(entry, (*path, key), mistakes) for key, entry in named.items()}
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -71,12 +101,48 @@ def check_config(config: dict[str, Any]) -> None:
 
 def mistakes_in(value: Any, rules: dict[str, Any]) -> list[str]:
     """How a value differs from a part of the schema, one line per mistake; nothing where it is as allowed."""
+    return list(dict.fromkeys(map(str, find_mistakes(value, rules))))
+
+
+def find_mistakes(value: Any, rules: dict[str, Any]) -> list[Mistake]:
+    """As `mistakes_in`, with their places."""
     errors = jsonschema.Draft202012Validator(rules).iter_errors(value)
-    lines = [line for error in sorted(errors, key=lambda e: [str(p) for p in e.path]) for line in _explain(error)]
-    for where, leaf in _leaves(value):
-        if _is_endless(leaf):
-            lines.append(f"{where}: {leaf} is no finite number".removeprefix(": "))
-    return list(dict.fromkeys(lines))
+    found = [
+        Mistake(tuple(error.absolute_path), text)
+        for error in sorted(errors, key=lambda e: [str(part) for part in e.path])
+        for text in _explain(error)
+    ]
+    return found + [
+        Mistake(path, problem) for path, leaf in _leaves(value) if (problem := _size_problem(leaf)) is not None
+    ]
+
+
+def without_mistakes(config: dict[str, Any], mistakes: list[Mistake]) -> tuple[dict[str, Any], set[Place]]:
+    """
+    A copy with defaults, without the sections that hold a mistake, so that what the others say is checked as well.
+
+    Returns:
+        The copy, and the places of these sections: of a model's, of the top level, or of what holds an unknown key.
+    """
+    broken = {mistake.path[: 3 if mistake.path[:1] == ("models",) else 1] for mistake in mistakes}
+    sound = copy.deepcopy(config)
+    models = sound.get("models")
+    sound["models"] = (
+        {name: model for name, model in models.items() if isinstance(model, dict)} if isinstance(models, dict) else {}
+    )
+    _take_out(sound, broken)
+    filled = with_defaults(sound)
+    _take_out(filled, broken)
+    return filled, broken
+
+
+def _take_out(config: dict[str, Any], sections: Iterable[Place]) -> None:
+    """Remove sections of models and of the top level; whole models stay."""
+    for path in sections:
+        if len(path) == 3:
+            config["models"].get(path[1], {}).pop(path[2], None)
+        elif len(path) == 1 and path != ("models",):
+            config.pop(path[0], None)
 
 
 def config_error(lines: list[str]) -> ConfigError:
@@ -126,16 +192,20 @@ def _as_declared(value: Any, rules: dict[str, Any]) -> Any:
     return int(value) if "integer" in rules["type"] else float(value)
 
 
-def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in entries:
-        yield from _leaves(entry, f"{where}.{key}" if where else str(key))
+        yield from _leaves(entry, (*path, key))
     if not isinstance(value, dict | list):
-        yield where, value
+        yield path, value
 
 
-def _is_endless(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _size_problem(value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no finite number"
+    if isinstance(value, int | float) and abs(value) >= LARGEST:
+        return f"{_shown(value)} is too large; give less than 2^63"
+    return None
 
 
 def follow_reference(rules: dict[str, Any]) -> dict[str, Any]:
@@ -145,38 +215,59 @@ def follow_reference(rules: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
-    where = ".".join(str(part) for part in error.absolute_path)
-    prefix = f"{where}: " if where else ""
-    if error.validator == "additionalProperties":
-        known = sorted(error.schema.get("properties", {}))
-        for key in sorted(map(str, error.instance.keys() - set(known))):
-            yield f"{prefix}unknown key {key!r}{suggest(key, known)}"
-    elif error.validator == "required":
-        yield from (f"{prefix}missing key {key!r}" for key in error.validator_value if key not in error.instance)
-    elif error.validator == "dependentRequired":
-        yield f"{prefix}{error.message}: they belong together"
-    elif error.validator == "oneOf":
-        alternatives = [" with ".join(option["required"]) for option in error.validator_value]
-        yield f"{prefix}give exactly one of: {', '.join(alternatives)}"
-    elif error.validator in ("minProperties", "maxProperties"):
-        one_of = error.schema.get("properties")
-        yield f"{prefix}give exactly one of: {', '.join(one_of)}" if one_of else f"{prefix}give at least one entry"
-    elif error.validator == "pattern":
-        yield f"{prefix}{error.instance!r} is not of the form {error.validator_value}"
-    elif error.validator == "type":
-        wanted = error.validator_value
-        wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        number = isinstance(error.instance, str) and EXPONENT.fullmatch(error.instance)
-        hint = "; YAML reads an exponent only with a point and a sign, as in 1.0e-4" if number else ""
-        hint = f"; a list is [{error.instance}]" if wanted == "array" and isinstance(error.instance, str) else hint
-        yield f"{prefix}expected {wanted}, found {_name_type(error.instance)} {error.instance!r}{hint}"
-    elif error.validator == "enum":
-        allowed = [str(option) for option in error.validator_value]
-        yield f"{prefix}{error.instance!r} is none of {', '.join(allowed)}{suggest(str(error.instance), allowed)}"
-    elif error.validator == "const":
-        yield f"{prefix}has to be {json.dumps(error.validator_value)}, found {json.dumps(error.instance)}"
-    else:
-        yield f"{prefix}{error.message}"
+    rule, found = error.validator_value, error.instance
+    match error.validator:
+        case "additionalProperties":
+            known = sorted(error.schema.get("properties", {}))
+            for key in sorted(map(str, found.keys() - set(known))):
+                yield f"unknown key {_shown(key)}{suggest(key, known)}"
+        case "required":
+            yield from (f"missing key {key!r}" for key in rule if key not in found)
+        case "dependentRequired":
+            yield f"{error.message}: they belong together"
+        case "oneOf":
+            yield f"give exactly one of: {', '.join(' with '.join(option['required']) for option in rule)}"
+        case "minProperties" | "maxProperties":
+            one_of = error.schema.get("properties")
+            yield f"give exactly one of: {', '.join(one_of)}" if one_of else "give at least one entry"
+        case "minItems":
+            yield "is an empty list; give at least one entry"
+        case "minLength":
+            yield "is an empty text; write something, or take it out"
+        case "uniqueItems":
+            twice = next(entry for number, entry in enumerate(found) if entry in found[:number])
+            yield f"{_shown(twice)} stands there twice; take one out"
+        case "pattern":
+            yield f"{_shown(found)} is not of the form: {error.schema.get('x-form', rule)}"
+        case "type":
+            wanted = [rule] if isinstance(rule, str) else rule
+            names = " or ".join(SCHEMA_NAMES.get(name, name) for name in wanted)
+            yield f"expected {names}, found {_name_type(found)}{_hint(wanted, found)}"
+        case "enum":
+            allowed = ["null" if option is None else str(option) for option in rule]
+            hint = f"; {SWITCHES}: write it in quotes" if isinstance(found, bool) else suggest(str(found), allowed)
+            yield f"{_shown(found)} is none of {', '.join(allowed)}{hint}"
+        case "const":
+            yield f"has to be {json.dumps(rule)}, found {json.dumps(found)}"
+        case _:
+            yield error.message
+
+
+def _hint(wanted: list[str], found: Any) -> str:
+    """How to write what is wanted, where it can be guessed why something else was found."""
+    if found is None:
+        return "; give it a value, or take the key out"
+    if "string" in wanted and not isinstance(found, dict | list):
+        return f"; {SWITCHES}: write it in quotes" if isinstance(found, bool) else "; write it in quotes"
+    if "array" in wanted and not isinstance(found, dict):
+        return f"; write it as a list, [{_shown(found).strip(chr(39))}]"
+    if "boolean" in wanted:
+        return "; write true or false"
+    if "object" in wanted:
+        return "; keys with values belong there"
+    if isinstance(found, str) and EXPONENT.fullmatch(found):
+        return "; YAML reads an exponent only with a point and a sign, as in 1.0e-4"
+    return "; write a number, without quotes or unit" if isinstance(found, str) else ""
 
 
 def put_over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,5 +300,10 @@ def suggest(found: str, known: list[str]) -> str:
 
 
 def _name_type(value: Any) -> str:
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "mapping"}
-    return names.get(type(value), "null")
+    name = NAMES.get(type(value), type(value).__name__)
+    return name if value is None else f"{name} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    shown = str(value) if isinstance(value, datetime.date) else repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}…"

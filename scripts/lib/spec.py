@@ -6,20 +6,28 @@ Rules, resources and checks read only these; scripts get single values as option
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lib.adapter_search import AdapterError, adapter_problem, latest_adapter
-from lib.calibration import size_problem
+from lib.adapter_search import AdapterError, latest_adapter
 from lib.checkpoint import rename_experts
-from lib.config import check_config, config_error, definition, suggest, with_defaults
-from lib.documents import ENDINGS, document_files
+from lib.config import Place, as_plain, config_error, definition, find_mistakes, schema, without_mistakes
+from lib.config_checks import (
+    check_adapter_folder,
+    check_base,
+    check_folder,
+    check_merge,
+    check_names,
+    check_path,
+    check_sections,
+    check_sources,
+)
 from lib.jsonfile import read_json
-from lib.modelfile import kept, unheld, unheld_stop
-from lib.quant_types import IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES, source_type
-from lib.tensor_types import TensorTypes, pattern_problems, pure_problem
+from lib.quant_types import IGNORE_IMATRIX, source_type
+from lib.tensor_types import TensorTypes
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.typed import build
@@ -209,64 +217,77 @@ class Project:
     models: Mapping[str, Model]
 
 
-def resolve_project(config: Mapping[str, Any]) -> Project:
+def resolve_project(config: Mapping[str, Any], *, known: Iterable[str] = ()) -> Project:
     """
     Check a config, fill in the defaults and return what it says.
+
+    Args:
+        config: what was read from files and the command line.
+        known: mistakes that were found while it was read, to be told with the others.
 
     Raises:
         ConfigError: listing every mistake.
     """
-    plain = _plain(config)
-    check_config(plain)
-    filled = with_defaults(plain)
-    problems: list[str] = []
-    copies = [Path("adapters", name) for name, model in filled["models"].items() if _is_imported(model["adapter"])]
-    for name, model in filled["models"].items():
-        _resolve_base(f"models.{name}.base", model["base"], problems)
-        _refuse_empty(f"models.{name}.adapter", plain["models"][name].get("adapter"), problems)
-        _resolve_adapter(f"models.{name}.adapter", model, filled["hardware"], problems)
-        if _is_imported(model["adapter"]):
-            _find_adapter(f"models.{name}.adapter", model["adapter"], copies, problems)
-        _check_merge(f"models.{name}.merge", model, filled["hardware"], problems)
-        _check_quantize(f"models.{name}.quantize", model["quantize"], problems)
-        if model.get("smoke"):
-            _need_file(f"models.{name}.smoke.questions", model["smoke"]["questions"], problems)
-        if model.get("rag"):
-            _need_file(f"models.{name}.rag.questions", model["rag"]["questions"], problems)
-            _need_documents(f"models.{name}.rag.documents", model["rag"]["documents"], problems)
-        _check_ollama(f"models.{name}.ollama", model["ollama"], problems)
-    problems += _shared_names(filled["models"])
+    plain, mistakes = as_plain(config)
+    mistakes += find_mistakes(plain, schema())
+    sound, broken = without_mistakes(plain, mistakes)
+    problems = [*known, *map(str, mistakes), *_resolve(sound, plain, broken)]
     if problems:
-        raise config_error(problems)
-    return build(Project, filled)
+        raise config_error(list(dict.fromkeys(problems)))
+    return build(Project, sound)
 
 
-def _plain(value: Any) -> Any:
-    """Snakemake hands over its own mapping types; the schema validator wants plain ones."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[Place]) -> Iterator[str]:
+    """
+    Settle in place what depends on files and on other sections, and tell what is wrong with it.
+
+    Args:
+        config: with its defaults, without the sections that hold mistakes.
+        plain: as it was written.
+        broken: what these sections are.
+    """
+    models, hardware = config["models"], config.get("hardware")
+    if (config.get("llama_cpp") or {}).get("path"):
+        yield from check_folder("llama_cpp.path", config["llama_cpp"]["path"])
+    copies = [Path("adapters", name) for name, model in models.items() if _is_imported(model.get("adapter"))]
+    for name, model in models.items():
+        where = f"models.{name}"
+        # A key that is none may be a section by another name, and what it says with others is not known then.
+        together = model if {(), ("models", name)}.isdisjoint(broken) and hardware else {}
+        if "base" in model:
+            yield from _resolve_base(f"{where}.base", model["base"])
+        yield from _refuse_empty(f"{where}.adapter", model.get("adapter") and plain["models"][name].get("adapter"))
+        if _is_imported(model.get("adapter")):
+            yield from _find_adapter(f"{where}.adapter", model["adapter"], copies)
+        if {"base", "adapter"} <= together.keys():
+            yield from _resolve_training(f"{where}.adapter.train", model, hardware)
+        yield from check_sections(where, model, keep_intermediates=config.get("keep_intermediates", True))
+        if {"merge", "adapter"} <= together.keys():
+            yield from check_merge(f"{where}.merge", model, hardware)
+        if {"quantize", "base"} <= together.keys():
+            yield from check_path(f"{where}.quantize", model)
+    yield from check_sources(models)
+    yield from check_names(models)
 
 
-def _resolve_base(where: str, base: dict[str, Any], problems: list[str]) -> None:
-    if base["gguf"] is not None:
-        _need_file(f"{where}.gguf", base["gguf"], problems)
-    if base["path"] is not None:
+def _resolve_base(where: str, base: dict[str, Any]) -> Iterator[str]:
+    """Check the base, and read the shape of one that is there."""
+    if base["path"] is not None and base["shape"] is None:
         published = Path(base["path"], "config.json")
-        _need_file(f"{where}.path", str(published), problems)
-        if base["shape"] is None and published.is_file():
+        if os.path.isfile(published):
             base["shape"] = read_shape(published)
             if base["shape"] is None:
-                problems.append(f"{where}.shape: {published} does not give the model's sizes; give them here")
-    if base["shape"] is None and base["path"] is None:
-        problems.append(f"{where}: missing key 'shape': the plan needs the model's sizes before it is there")
+                yield f"{where}.shape: {published} does not give the model's sizes; give them here"
+    elif base["shape"] is None:
+        yield f"{where}: missing key 'shape': the plan needs the model's sizes before it is there"
+    yield from check_base(where, base)
 
 
 def read_shape(path: Path) -> dict[str, Any] | None:
     """The sizes that a published config.json gives; None if it does not give all of them."""
     try:
         published = read_json(path)
-    except ValueError:
+    except (ValueError, OSError):
         return None
     if not isinstance(published, dict):
         return None
@@ -275,122 +296,37 @@ def read_shape(path: Path) -> dict[str, Any] | None:
     shape = {key: published.get(key, rule.get("default")) for key, rule in keys.items()}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     shape["tie_word_embeddings"] = bool(shape["tie_word_embeddings"])
-    return None if any(shape[key] is None for key in definition("shape")["required"]) else shape
+    return None if find_mistakes(shape, definition("shape")) else shape
 
 
-def _refuse_empty(where: str, given: dict[str, Any] | None, problems: list[str]) -> None:
+def _refuse_empty(where: str, given: dict[str, Any] | None) -> Iterator[str]:
     """A key with nothing behind it is null, and after the defaults are filled in no longer told from an absent one."""
     for key in [key for key, value in (given or {}).items() if value is None]:
         need = "give at least 'data'" if key == "train" else "name a folder"
-        problems.append(f"{where}.{key}: is empty; {need}, or take the section out")
+        yield f"{where}.{key}: is empty; {need}, or take the section out"
 
 
-def _resolve_adapter(where: str, model: dict[str, Any], hardware: dict[str, Any], problems: list[str]) -> None:
-    if model["adapter"] is None or model["adapter"]["train"] is None:
-        return
-    train = model["adapter"]["train"]
-    for key in ("data", "eval_data"):
-        if train[key] is not None:
-            _need_file(f"{where}.train.{key}", train[key], problems)
-    if model["base"]["shape"] is None:
-        return  # a problem already, and the method depends on it
+def _resolve_training(where: str, model: dict[str, Any], hardware: dict[str, Any]) -> Iterator[str]:
+    train, shape = (model["adapter"] or {}).get("train"), model["base"]["shape"]
+    if train is None or shape is None:
+        return  # without a shape there is a problem already, and the method depends on it
     try:
-        resolve_method(train, parameters=build(Shape, model["base"]["shape"]).parameters, gpus=hardware["gpus"])
+        resolve_method(train, parameters=build(Shape, shape).parameters, gpus=hardware["gpus"])
     except MethodError as error:
-        problems.append(f"{where}.train: {error}")
+        yield from (f"{where}: {line}" for line in str(error).splitlines())
 
 
 def _is_imported(adapter: dict[str, Any] | None) -> bool:
-    return adapter is not None and (adapter["path"] is not None or adapter["latest_in"] is not None)
+    return bool(adapter) and (adapter["path"] is not None or adapter["latest_in"] is not None)
 
 
-def _find_adapter(where: str, adapter: dict[str, Any], copies: list[Path], problems: list[str]) -> None:
+def _find_adapter(where: str, adapter: dict[str, Any], copies: list[Path]) -> Iterator[str]:
     """Check `path`, or set it to the newest adapter under `latest_in`; `copies` is where imported adapters go."""
     if adapter["latest_in"] is not None:
         try:
             adapter["path"] = str(latest_adapter(Path(adapter["latest_in"]), passed_over=copies))
         except AdapterError as error:
-            problems.append(f"{where}.latest_in: {error}".replace("\n", "\n  "))
+            yield f"{where}.latest_in: {error}".replace("\n", "\n  ")
         return
-    folder = Path(adapter["path"])
-    adapter["path"] = str(folder)
-    if not {copy.resolve() for copy in copies}.isdisjoint([folder.resolve(), *folder.resolve().parents]):
-        problems.append(f"{where}.path: {folder} is where modelmill copies an adapter to; name the original")
-    elif problem := adapter_problem(folder):
-        problems.append(f"{where}.path: {folder} is no complete adapter: {problem}")
-
-
-def _check_merge(where: str, model: dict[str, Any], hardware: dict[str, Any], problems: list[str]) -> None:
-    if model["merge"]["device"] == "cuda" and not hardware["gpus"]:
-        problems.append(f"{where}.device: cuda, but hardware.gpus plans for none")
-    if model["merge"]["base_weights"] == "original":
-        return
-    train = (model["adapter"] or {}).get("train")
-    if model["adapter"] is None:
-        problems.append(f"{where}.base_weights: nf4 is the base as it was in training, and there is no adapter")
-    elif train is not None and train["method"] not in ("qlora", "auto"):  # auto: what forbids it is told already
-        problems.append(f"{where}.base_weights: nf4 is the base of a 4-bit training, and method is {train['method']}")
-    elif train is not None and train["quantization"]["bnb_4bit_quant_type"] != "nf4":
-        problems.append(
-            f"{where}.base_weights: nf4, but quantization.bnb_4bit_quant_type is not; take the original ones"
-        )
-
-
-def _check_quantize(where: str, quantize: dict[str, Any], problems: list[str]) -> None:
-    known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
-    patterns = quantize["tensor_type"]
-    unknown = [name for name in quantize["types"] if name not in known]
-    problems += [f"{where}.types: unknown type {name!r}{suggest(name, known)}" for name in unknown]
-    problems += [f"{where}.tensor_type: {problem}" for problem in pattern_problems(patterns)]
-    settings = build(TensorTypes, quantize)
-    impure = {name: problem for name in quantize["types"] if (problem := pure_problem(settings, name))}
-    problems += [f"{where}.pure: {problem}" for problem in impure.values()]
-    if (imatrix := quantize["imatrix"]) is not None:
-        _check_calibration(f"{where}.imatrix.text", imatrix["text"], problems)
-        if imatrix["from"] == "q8_0" and not IGNORE_IMATRIX.issuperset(patterns.values()):
-            problems.append(f"{where}.imatrix.from: q8_0 needs the matrix itself, by {where}.tensor_type; take f16")
-        return
-    needing = {"types": quantize["types"], **{f"tensor_type.{pattern}": [name] for pattern, name in patterns.items()}}
-    problems += [
-        f"{where}.{key}: {name} needs an importance matrix; set {where}.imatrix.text, or take a larger type"
-        for key, names in needing.items()
-        for name in names
-        if name in NEED_IMATRIX
-    ]
-
-
-def _check_calibration(where: str, text: str, problems: list[str]) -> None:
-    _need_file(where, text, problems)
-    if Path(text).is_file() and (problem := size_problem(Path(text))):
-        problems.append(f"{where}: {problem}")
-
-
-def _check_ollama(where: str, ollama: dict[str, Any], problems: list[str]) -> None:
-    """What a Modelfile cannot hold is told before anything long starts."""
-    texts = [("system", ollama["system"] or ""), *(("messages", each["content"]) for each in ollama["messages"])]
-    told = [(key, unheld(kept(text))) for key, text in texts]
-    told += [("parameters.stop", unheld_stop(text)) for text in ollama["parameters"].get("stop", [])]
-    problems += [f"{where}.{key}: {problem}" for key, problem in told if problem]
-
-
-def _shared_names(models: Mapping[str, Any]) -> Iterator[str]:
-    """Two models under one name in Ollama, of which the later would take the place of the earlier."""
-    first: dict[str, str] = {}
-    for name, model in models.items():
-        called = model["ollama"]["name"] or name
-        called = called if ":" in called.rpartition("/")[2] else f"{called}:latest"
-        if first.setdefault(called, name) != name:
-            yield f"models.{name}.ollama.name: {called} is models.{first[called]}'s already"
-
-
-def _need_documents(where: str, folder: str, problems: list[str]) -> None:
-    files = document_files(Path(folder))
-    if braced := [str(file) for file in files if set("{}") & set(str(file))]:
-        problems.append(f"{where}: Snakemake takes braces for wildcards; rename {', '.join(braced)}")
-    if not files:
-        problems.append(f"{where}: there is no folder {folder} with documents ({', '.join(ENDINGS)}) in it")
-
-
-def _need_file(where: str, path: str, problems: list[str]) -> None:
-    if not Path(path).is_file():
-        problems.append(f"{where}: there is no file {path}")
+    adapter["path"] = str(Path(adapter["path"]))
+    yield from check_adapter_folder(where, Path(adapter["path"]), copies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lib.config import fill_by_method
@@ -29,12 +29,33 @@ def resolve_method(train: dict[str, Any], *, parameters: int, gpus: Sequence[flo
 
     Raises:
         MethodError: 4-bit and 8-bit at once, or another method than they say; held-out data named twice, or
-            needed and not named.
+            needed and not named; a line for each.
     """
-    _check_held_out(train)
+    problems = list(_held_out_problems(train))
     if train["device"] == "auto":
         train["device"] = "cuda" if gpus else "cpu"
-    asked = _asked_method(train)
+    if all(train["quantization"][flag] for flag in FLAGS.values()):
+        problems.append("quantization: load_in_4bit and load_in_8bit are both true; take one")
+    else:
+        _settle(train, parameters, gpus)
+        problems += _flag_problems(train)
+    if problems:
+        raise MethodError("\n".join(problems))
+    fill_by_method("train", train)
+
+
+def _held_out_problems(train: dict[str, Any]) -> Iterator[str]:
+    if train["eval_data"] is not None and train["eval_fraction"]:
+        yield "eval_data and eval_fraction both say what is held out; take one"
+    if train["load_best_model_at_end"] and train["eval_data"] is None and not train["eval_fraction"]:
+        yield "load_best_model_at_end needs held-out data: set eval_data or eval_fraction"
+
+
+def _settle(train: dict[str, Any], parameters: int, gpus: Sequence[float]) -> None:
+    """What `method` says, or where that is auto the library's flags, or else the size of model and cards."""
+    asked = train["method"]
+    if asked == "auto":
+        asked = next((method for method, flag in FLAGS.items() if train["quantization"][flag]), "auto")
     train["method_reason"] = "as configured"
     if asked == "auto":
         planned = [] if train["device"] == "cpu" else list(gpus)
@@ -43,32 +64,13 @@ def resolve_method(train: dict[str, Any], *, parameters: int, gpus: Sequence[flo
         if train.get("precision") is None:
             train["precision"] = precision
     train["method"] = asked
-    _check_flags(train)
-    fill_by_method("train", train)
 
 
-def _check_held_out(train: dict[str, Any]) -> None:
-    if train["eval_data"] is not None and train["eval_fraction"]:
-        raise MethodError("eval_data and eval_fraction both say what is held out; take one")
-    if train["load_best_model_at_end"] and train["eval_data"] is None and not train["eval_fraction"]:
-        raise MethodError("load_best_model_at_end needs held-out data: set eval_data or eval_fraction")
-
-
-def _asked_method(train: dict[str, Any]) -> str:
-    """What `method` says, or where that is auto the library's flags."""
-    quantization = train["quantization"]
-    if quantization["load_in_4bit"] and quantization["load_in_8bit"]:
-        raise MethodError("quantization: load_in_4bit and load_in_8bit are both true; take one")
-    if train["method"] == "auto":
-        return next((method for method, flag in FLAGS.items() if quantization[flag]), "auto")
-    return train["method"]
-
-
-def _check_flags(train: dict[str, Any]) -> None:
+def _flag_problems(train: dict[str, Any]) -> Iterator[str]:
     for method, flag in FLAGS.items():
         said = train["quantization"][flag]
         if said is not None and said != (train["method"] == method):
-            raise MethodError(
+            yield (
                 f"method is {train['method']} ({train['method_reason']}), but quantization.{flag} is "
                 f"{str(said).lower()}; they have to agree"
             )
