@@ -22,11 +22,13 @@ from lib.config_file import read_config_file, repeated_keys
 from lib.decisions import merge_decisions, training_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
+from lib.jsonfile import digest_json
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
+from lib.resource_report import report_resources
 from lib.spec import resolve_project
-from lib.targets import ADAPTER, explain_target, final_files, model_names, wrong_targets
+from lib.targets import ADAPTER, explain_target, final_files, model_names, report_files, wrong_targets
 
 # Each lies over the one before. A workflow that takes this one as a module may bring the config along instead.
 CONFIG_FILES = [Path("config.yaml"), *workflow.config_settings.configfiles]
@@ -105,7 +107,19 @@ def on_gpus(needs):
     return python
 
 
+def config_files(wildcards, input):
+    """Where the config was read from; no recorded parameter, like the next: its values tell when it is another."""
+    return shlex.join(map(str, workflow.configfiles))
+
+
+def config_changes(wildcards, input):
+    return json.dumps(as_yaml(workflow.config_settings.config))
+
+
 def final_targets():
+    """What `all` is; for the HTML report, which runs nothing, as much of it as is there, and the reports beside it."""
+    if any(word == "--report" or word.startswith("--report=") for word in sys.argv):
+        return [file for file in [*final_files(PROJECT), *report_files(PROJECT)] if os.path.exists(file)]
     return final_files(PROJECT)
 
 

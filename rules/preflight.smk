@@ -18,8 +18,8 @@ rule preflight:
     params:
         python=interpreter,
         script=script("preflight.py"),
-        files=lambda wildcards, input: shlex.join(map(str, workflow.configfiles)),
-        changes=lambda wildcards, input: json.dumps(as_yaml(workflow.config_settings.config)),
+        files=config_files,
+        changes=config_changes,
     shell:
         "{params.python} {params.script:q}"
         " --config {params.files}"

@@ -1,4 +1,5 @@
-# In: trained adapters, finished models. Out: reports/{model}.*, how training went and what the models can do.
+# In: trained adapters, finished models. Out: reports/{model}.*, how training went, what it all took and what the models
+# can do; the HTML report of `snakemake --report` shows those that are there.
 ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
 WITH_QUESTIONS = [name for name, model in PROJECT.models.items() if model.smoke]
 WITH_DOCUMENTS = [name for name, model in PROJECT.models.items() if model.rag]
@@ -10,7 +11,12 @@ rule report_training:
         adapter="adapters/{model}/MANIFEST.json",
     output:
         report="reports/{model}.training.json",
-        picture="reports/{model}.training.png",
+        picture=report(
+            "reports/{model}.training.png",
+            caption="../report/training.rst",
+            category="Training",
+            labels={"model": "{model}", "shows": "loss, learning rate, speed and memory"},
+        ),
     log:
         "logs/{model}/report_training.log",
     benchmark:
@@ -37,6 +43,47 @@ rule report_training:
         " --history {params.history:q}"
         " --adapter adapters/{wildcards.model}"
         " --title {wildcards.model}"
+        " --output {output.report:q}"
+        " --picture {output.picture:q}"
+        " --log {log:q}"
+
+
+rule report_resources:
+    """Set what each step took beside what it asks for, of the steps that ran here; none is run for it."""
+    output:
+        report="reports/{model}.resources.json",
+        picture=report(
+            "reports/{model}.resources.png",
+            caption="../report/resources.rst",
+            category="Resources",
+            labels={"model": "{model}", "shows": "declared against measured memory, time and disk; sizes"},
+        ),
+    log:
+        "logs/{model}/report_resources.log",
+    priority: -100  # so that in a run that builds as well it comes last
+    localrule: True
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("report_resources.py"),
+        code=code_digest("report_resources.py"),
+        # In place of inputs, which would be built for the report: it is made anew when anything that it says changed.
+        content=lambda w: digest_json(report_resources(w.model, PROJECT)),
+        files=config_files,
+        changes=config_changes,
+    shell:
+        "{params.python} {params.script:q}"
+        " --config {params.files}"
+        " --changes {params.changes:q}"
+        " --model {wildcards.model}"
         " --output {output.report:q}"
         " --picture {output.picture:q}"
         " --log {log:q}"
@@ -86,7 +133,12 @@ rule smoke_test:
         questions=lambda w: ancient(spec(w.model).smoke.questions),
         llama_cpp="work/llama_cpp.json",
     output:
-        report="reports/{model}.smoke.json",
+        report=report(
+            "reports/{model}.smoke.json",
+            caption="../report/smoke.rst",
+            category="Answers",
+            labels={"model": "{model}", "shows": "held-out questions, before and after tuning"},
+        ),
     log:
         "logs/{model}/smoke_test.log",
     benchmark:
@@ -166,7 +218,12 @@ rule answer_from_documents:
         documents=lambda w: ancient(rag_documents(w)),
         llama_cpp="work/llama_cpp.json",
     output:
-        report="reports/{model}.rag.json",
+        report=report(
+            "reports/{model}.rag.json",
+            caption="../report/rag.rst",
+            category="Answers",
+            labels={"model": "{model}", "shows": "questions answered from documents"},
+        ),
     log:
         "logs/{model}/answer_from_documents.log",
     benchmark:

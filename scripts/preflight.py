@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from lib.config import suggest
 from lib.config_file import read_project
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
+from lib.options import json_mapping
 from lib.preflight import Preflight, Row, planned_machine, preflight
 from lib.software import Software, this_software
 from lib.toolchain import cache_folder
@@ -97,16 +97,6 @@ def as_json(machine: Machine, software: Software | None, plans: Sequence[Preflig
     }
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected an object, found {text[:60]}")
-    return value
-
-
 def _work(arguments: argparse.Namespace) -> None:
     project = read_project(arguments.config, arguments.changes)
     names = arguments.model or list(project.models)
@@ -133,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="what is to be built"
     )
-    parser.add_argument("--changes", type=_mapping, default={}, metavar="JSON", help="put over what the files say")
+    parser.add_argument("--changes", type=json_mapping, default={}, metavar="JSON", help="put over what the files say")
     parser.add_argument("--model", action="append", metavar="NAME", help="may be repeated; left out, every model")
     parser.add_argument("--planned", action="store_true", help="the machine of config.yaml instead of this one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON")

@@ -69,7 +69,7 @@ def planned_rules(done: subprocess.CompletedProcess[str]) -> set[str]:
 
 def copy_checkout(target: Path) -> Path:
     """The parts of this checkout that the workflow is made of, to be edited."""
-    for name in ("rules", "scripts", "schemas", "profiles", "envs"):
+    for name in ("rules", "scripts", "schemas", "profiles", "envs", "report"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "README.md", "requirements.txt"):
         shutil.copy2(ROOT / name, target / name)

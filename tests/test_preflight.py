@@ -77,6 +77,14 @@ def test_staged_it_does_not(project: Project, reference: Machine) -> None:
     assert merge.advice[:2] == ("quantize.path: direct", "keep_intermediates: false")
 
 
+def test_a_file_in_16_bits_is_not_built_directly(project: Project, reference: Machine) -> None:
+    model = project.models["demo"]
+    plain = replace(model, quantize=replace(model.quantize, types=("f16",), path="direct"))
+    plan = preflight("demo", replace(project, models={"demo": plain}), reference)
+    steps = [row.step for row in plan.rows]
+    assert {"merge_adapter", "convert_gguf"} <= set(steps) and not {"build_direct", "quantize_gguf"} & set(steps)
+
+
 @pytest.mark.parametrize(
     ("cards", "lack"),
     [

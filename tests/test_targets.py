@@ -12,7 +12,7 @@ from tiny import SHAPE
 from tiny_adapter import write_constants
 
 from lib.spec import Project, resolve_project
-from lib.targets import explain_target, final_files, model_names, wrong_targets
+from lib.targets import explain_target, final_files, model_names, report_files, wrong_targets
 
 HUB = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 
@@ -80,6 +80,12 @@ def test_final_files(project: Project) -> None:
     assert not any(is_wrong(file, project) for file in final_files(project))
 
 
+def test_report_files(project: Project) -> None:
+    files = report_files(project)
+    assert "reports/plain.resources.png" in files and "reports/weighed.rag.json" in files
+    assert len(files) == len(set(files)) == 4 * len(project.models)
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -113,6 +119,8 @@ def test_final_files(project: Project) -> None:
         "reports/tuned.adapter.chat.json",
         "ollama/plain.json",
         "reports/weighed.rag.json",
+        "reports/plain.resources.json",
+        "reports/taken.resources.png",
         "reports/notes/a.md",
         "reports/tuned.smoke.json",
         "reports/taken.smoke.json",
@@ -160,6 +168,7 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("models/plain.adapter.Modelfile", ["plain has no adapter in config.yaml"]),
         ("reports/tuned.rag.json", ["tuned has no rag.documents in config.yaml"]),
         ("ollama/other.json", ["unknown model 'other'"]),
+        ("reports/plain.resources.svg", ["nothing is built under that name"]),
         ("ollama/tuned.txt", ["nothing is built under that name"]),
     ],
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lib.console import configure_logging, note, say
 from lib.errors import ModelmillError
+from lib.usage import Meter
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -54,13 +55,15 @@ def _positive(text: str) -> int:
 
 
 def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
-    """Parse, set up the log, work, and leave with the documented status."""
+    """Parse, set up the log, work, leave with the documented status, and end the log with what it took."""
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.raiseExceptions = False  # a log on a full disk would show a traceback for every line it misses
     try:
         configure_logging(log=arguments.log)
-        work(arguments)
+        with Meter() as meter:
+            work(arguments)
+        note(str(meter.read()))
     except UsageError as error:
         _leave(f"{parser.prog}: {error}", WRONG_USE)
     except ModelmillError as error:

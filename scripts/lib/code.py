@@ -11,7 +11,9 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent.parent
 # Modules that cannot change an artifact's bytes: they talk to the user, or carry option values, which a
 # rule's params hold anyway.
-NEUTRAL = frozenset(f"lib/{name}.py" for name in ("__init__", "cli", "config", "console", "errors", "options", "typed"))
+NEUTRAL = frozenset(
+    f"lib/{name}.py" for name in ("__init__", "cli", "config", "console", "errors", "options", "typed", "usage")
+)
 
 
 def code_digest(script: str) -> str:

@@ -111,6 +111,14 @@ def _parse_json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is no valid JSON: {error}") from error
 
 
+def json_mapping(text: str) -> dict[str, Any]:
+    """A mapping of any keys, as an option gives it."""
+    value = _parse_json(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected an object, found {text[:60]}")
+    return value
+
+
 def settings_from(arguments: argparse.Namespace, section: str) -> dict[str, Any]:
     """The section that a script's options say, nested and with every key, as the config has it."""
     settings: dict[str, Any] = {}

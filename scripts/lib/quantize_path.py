@@ -86,8 +86,8 @@ class QuantizePaths:
         self._direct |= _told(self._words)
 
     def is_direct(self, file: QuantizedFile) -> bool:
-        """Whether a file is built from base and adapter alone."""
-        return self._direct[file]
+        """Whether a file is built from base and adapter alone; one in 16 bits never is."""
+        return self._direct.get(file, False)
 
     def staged_models(self) -> str:
         """A regular expression for the wildcard `model` where a file is quantized from the 16-bit one."""

@@ -27,6 +27,12 @@ def final_files(project: Project) -> list[str]:
     ]
 
 
+def report_files(project: Project) -> list[str]:
+    """What the HTML report shows of every model, where it was made."""
+    endings = ("training.png", "resources.png", "smoke.json", "rag.json")
+    return [f"reports/{name}.{ending}" for name in project.models for ending in endings]
+
+
 def model_names(project: Project, names: Collection[str] | None = None, *, without: Iterable[str] = ()) -> str:
     """
     A regular expression for the models' names, or some of them, in paths of files that can be made.
@@ -71,6 +77,7 @@ def wrong_targets(project: Project) -> str:
         rf"models/({calibrated})\.({low_types})\.Modelfile",
         rf"reports/({calibrated})\.({low_types})\.chat\.json",
         rf"reports/({trained})\.training\.(json|png)",
+        rf"reports/({every})\.resources\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
         rf"reports/({documented})\.rag\.json",
         rf"ollama/({every})\.json",

@@ -1,0 +1,108 @@
+"""Steps by the names of their logs: what is said of their needs is what the rules say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from conftest import run_snakemake
+from test_plan import NEEDS
+from tiny import SHAPE
+from tiny_adapter import write_constants
+
+from lib.config_file import read_project
+from lib.quantize_path import QuantizedFile, QuantizePaths
+from lib.step_needs import Step, artifacts_of, needs_of, planned_steps, read_step
+
+BASE = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
+TRAIN = {"train": {**tiny.TRAIN, "data": "train.jsonl"}}
+MODELS = {
+    "staged": {
+        "base": BASE,
+        "adapter": TRAIN,
+        "quantize": {"path": "staged", "imatrix": {"text": "read.txt"}},
+        "smoke": {"questions": "ask.jsonl", "min_gain": 0},
+        "rag": {"documents": "notes", "questions": "ask.jsonl"},
+    },
+    "direct": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "direct"}},
+    "taken": {"base": BASE, "adapter": {"path": "given"}, "quantize": {"types": ["f16"]}},
+}
+TARGETS = [
+    "models/staged.Modelfile", "models/staged.base.q4_k_m.gguf", "models/staged.q8_0.Modelfile",
+    "models/staged.adapter.gguf", "ollama/staged.json", "reports/staged.smoke.json", "reports/staged.rag.json",
+    "models/direct.Modelfile", "models/direct.q4_k_m.gguf", "models/direct.q8_0.gguf", "models/taken.Modelfile",
+]  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_data(Path("train.jsonl"))
+    tiny.write_text(Path("read.txt"))
+    write_constants(Path("given"))
+    Path("ask.jsonl").write_text('{"question": "What?", "expect": [["that"]]}\n')
+    Path("notes").mkdir()
+    Path("notes/a.md").write_text("Text.")
+    Path("config.yaml").write_text(yaml.safe_dump({"hardware": {"gpus": [24]}, "models": MODELS}))
+    return tmp_path
+
+
+def test_needs_are_those_of_the_rules(workplace: Path) -> None:
+    """Of every job that a plan can have, by its log; none of them has another name there."""
+    done = run_snakemake(workplace, "-n", *TARGETS)
+    assert done.returncode == 0, done.stderr
+    project = read_project([Path("config.yaml")], {})
+    seen = set()
+    for block in re.split(r"\n\[.*?\]\n", done.stdout + done.stderr)[1:]:
+        log = re.search(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", block)
+        asked = dict(each.split("=", 1) for each in re.search(r"\n    resources: (.*)", block)[1].split(", "))
+        step = read_step(log[2])
+        needs = needs_of(step, project.models[log[1] or "staged"], project)
+        assert {name: str(getattr(needs, name)) for name in NEEDS} == {name: asked[name] for name in NEEDS}, log[2]
+        seen.add(step.rule)
+    assert seen == {
+        "build_llama_cpp", "fetch_base", "check_base", "check_data", "train_adapter", "import_adapter",
+        "convert_adapter", "merge_adapter", "convert_gguf", "check_calibration", "compute_imatrix", "quantize_gguf",
+        "build_direct", "render_modelfile", "check_questions", "smoke_test", "check_documents",
+        "answer_from_documents", "register_model",
+    }  # fmt: skip
+
+
+def test_planned_steps_are_those_of_all(workplace: Path) -> None:
+    project = read_project([Path("config.yaml")], {})
+    paths = QuantizePaths(project, [])
+    done = run_snakemake(workplace, "-n", *(f"models/{name}.Modelfile" for name in MODELS))
+    planned = re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr)
+    for name, model in project.models.items():
+        steps = {step for owner, step in planned if owner in (name, "")}
+        direct = paths.is_direct(QuantizedFile(name, "", model.default_quant))
+        # The matrix is no step of every model's default file.
+        assert set(planned_steps(model, direct=direct)) == steps - {"check_calibration", "compute_imatrix"}
+
+
+@pytest.mark.parametrize(
+    ("log", "step", "artifacts"),
+    [
+        ("train_adapter", Step("train_adapter"), ["adapters/m"]),
+        ("fetch_base", Step("fetch_base"), ["bases/m"]),
+        ("compute_imatrix.base", Step("compute_imatrix", ".base"), ["models/m.base.imatrix.gguf"]),
+        ("quantize_gguf.base.q4_0", Step("quantize_gguf", ".base", ("q4_0",)), ["models/m.base.q4_0.gguf"]),
+        (
+            "build_direct.q4_k_m_and_q8_0",
+            Step("build_direct", "", ("q4_k_m", "q8_0")),
+            ["models/m.q4_k_m.gguf", "models/m.q8_0.gguf"],
+        ),
+        ("render_modelfile.q8_0", Step("render_modelfile", "", ("q8_0",)), []),
+    ],
+)
+def test_names_of_logs(log: str, step: Step, artifacts: list[str]) -> None:
+    assert read_step(log) == step
+    assert list(map(str, artifacts_of(step, "m"))) == artifacts
+
+
+def test_a_rule_that_is_no_more(workplace: Path) -> None:
+    project = read_project([Path("config.yaml")], {})
+    assert needs_of(read_step("gone"), project.models["staged"], project) is None
