@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import itertools
 import json
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,9 @@ from tiny import SHAPE
 from tiny_adapter import CONFIG, WEIGHTS, write_constants
 from wrong_configs import GOOD, TABLE
 
-from lib.config import ConfigError, as_yaml
+from lib.config import ConfigError, as_yaml, with_defaults
 from lib.config_file import ConfigFileError, read_project
+from lib.spec import resolve_project
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +201,51 @@ def test_incomplete_adapters_are_listed() -> None:
         "models.m.adapter.latest_in: no complete adapter under pickled",
         f"pickled: adapter_model.bin is pickled and can run code when read; save the adapter as {WEIGHTS}",
     ]
+
+
+# Values that have broken one thing or another, wherever they stand.
+NASTY: list[Any] = [
+    None, True, -1, 0.5, 10**400, 2**70, float("nan"), float("inf"), 1e300, "", " ", "\0", "\n", "..", "~", "{a}",
+    "\ud800", "x" * 5000, "/dev/null", "/proc/self/mem", [], [None], [[1]], ["a", "a"], {}, {1: 2}, {None: None},
+    {"x": {"y": [1]}}, datetime.date(2026, 1, 2), b"x", {"a", "b"},
+]  # fmt: skip
+FULL = [
+    "m.ollama: {messages: [{role: user, content: a}], parameters: {stop: [END], num_ctx: 10, temperature: 0.1}}",
+    "m.quantize: {imatrix: {text: read.txt}, tensor_type: {attn_v: q8_0}}",
+    "train.offload: {max_memory: {'0': 20GiB}}",
+    f"models.p: {{base: {{hub: a/b, revision: main, shape: {json.dumps(SHAPE)}}}, adapter: {{path: given}}}}",
+    f"models.l: {{base: {{hub: a/b, revision: main, shape: {json.dumps(SHAPE)}}}, adapter: {{latest_in: given}}}}",
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (*path, key)
+        yield from places(entry, (*path, key))
+
+
+def test_whatever_stands_anywhere_is_refused_in_words() -> None:
+    """300 of some 8000, the same each time; with defaults every key is there."""
+    good = with_defaults(broken("\n".join(FULL)))
+    for model in good["models"].values():
+        model["adapter"] = {key: value for key, value in model["adapter"].items() if value is not None}
+    resolve_project(good)
+    trials = random.Random(6).sample(list(itertools.product(places(good), NASTY)), 300)
+    refused = 0
+    for path, value in trials:
+        config = copy.deepcopy(good)
+        place = config
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        try:
+            resolve_project(config)
+        except ConfigError as error:
+            refused += 1
+            said = [line for line in str(error).splitlines()[1:] if path[0] in line or "key" in line]
+            assert said, (path, value, str(error))
+    assert refused > 200
 
 
 # Of every kind and place; what depends on a section that is refused is not guessed at.

@@ -34,7 +34,7 @@ def latest_adapter(folder: Path, *, passed_over: Collection[Path] = ()) -> Path:
     Raises:
         AdapterError: there is none; the incomplete ones are listed.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike the path's own, no error for a name that is too long
         raise AdapterError(f"there is no folder {folder}")
     found = [
         (_written(place / WEIGHTS), str(place))
@@ -62,7 +62,7 @@ def adapter_problem(folder: Path) -> str | None:
     if WEIGHTS in missing and os.path.isfile(folder / PICKLED):
         return f"{PICKLED} is pickled and can run code when read; save the adapter as {WEIGHTS}"
     if missing:
-        return f"{' and '.join(missing)} missing" if folder.is_dir() else "there is no such folder"
+        return f"{' and '.join(missing)} missing" if os.path.isdir(folder) else "there is no such folder"
     try:
         read_header(folder / WEIGHTS)
         if not isinstance(read_json(folder / CONFIG), dict):

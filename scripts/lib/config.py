@@ -248,7 +248,8 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
             hint = f"; {SWITCHES}: write it in quotes" if isinstance(found, bool) else suggest(str(found), allowed)
             yield f"{_shown(found)} is none of {', '.join(allowed)}{hint}"
         case "const":
-            yield f"has to be {json.dumps(rule)}, found {json.dumps(found)}"
+            shown = json.dumps(found) if isinstance(found, bool) else _shown(found)
+            yield f"has to be {json.dumps(rule)}, found {shown}"
         case _:
             yield error.message
 

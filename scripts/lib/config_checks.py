@@ -172,10 +172,11 @@ def check_questions(where: str, section: Section) -> Iterator[str]:
     path, gain = section["questions"], section["min_gain"]
     missing = list(check_file(f"{where}.questions", path))
     yield from missing
-    if not missing:
-        count = sum(1 for line in Path(path).read_bytes().splitlines() if line.strip())
-        if count < gain:
-            yield f"{where}.min_gain: {gain} more right answers cannot be had of {count} questions in {path}; lower it"
+    if missing or not gain:
+        return
+    count = sum(1 for line in Path(path).read_bytes().splitlines() if line.strip())
+    if count < gain:
+        yield f"{where}.min_gain: {gain} more right answers cannot be had of {count} questions in {path}; lower it"
 
 
 def check_documents(where: str, folder: str) -> Iterator[str]:
@@ -189,7 +190,11 @@ def check_documents(where: str, folder: str) -> Iterator[str]:
 
 def check_adapter_folder(where: str, folder: Path, copies: Iterable[Path]) -> Iterator[str]:
     """Whether an adapter that is there can be taken; `copies` is where modelmill copies them to."""
-    real = Path(os.path.realpath(folder))
+    try:
+        real = Path(os.path.realpath(folder))
+    except ValueError as error:  # a zero byte, or half of a character
+        yield f"{where}.path: {str(folder)!r} cannot be read: {error}"
+        return
     if not {Path(os.path.realpath(copy)) for copy in copies}.isdisjoint([real, *real.parents]):
         yield f"{where}.path: {folder} is where modelmill copies an adapter to; name the original"
     elif problem := adapter_problem(folder):
@@ -248,7 +253,8 @@ def _path_problem(path: str, *, folder: bool) -> str | None:
         if folder:
             os.scandir(path).close()
         else:
-            open(path, "rb").close()
+            with open(path, "rb") as file:
+                file.read(1)
     except (FileNotFoundError, NotADirectoryError):
         return f"there is no {kind} {path}" + ("; write it without ~, as a whole path" if path.startswith("~") else "")
     except (OSError, ValueError) as error:  # ValueError: of a path with a zero byte
