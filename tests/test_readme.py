@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, run_snakemake
 
 from lib import estimate
-from lib.config import check_config
+from lib.config import mistakes_in, schema
 from lib.spec import Model, resolve_project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_make_targets_exist() -> None:
 def test_example_config_is_valid() -> None:
     example = yaml.safe_load(README.partition("```yaml\n")[2].partition("```")[0])
 
-    check_config(example)
+    assert mistakes_in(example, schema()) == []
 
 
 @pytest.mark.parametrize("command", re.findall(r"^snakemake ((?:-n|--dry-run).*?)\s+#", README, re.MULTILINE))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lib.usage import Usage, read_usage
+from lib.usage import Meter, Usage, read_usage
 
 MB = 10**6
 PROGRAM = """
@@ -49,6 +49,18 @@ def test_programs_of_programs_count() -> None:
     child = CHILD.format(size=100 * MB, seconds=0.5)
     seen, _ = measure(f'subprocess.run(["sh", "-c", "$0 -c \\"$1\\"; true", sys.executable, {child!r}])')
     assert 100 * MB <= seen < 200 * MB
+
+
+@pytest.mark.gpu
+def test_what_pytorch_holds_on_a_gpu() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU on this machine")
+    with Meter() as meter:
+        held = torch.zeros(10**8, dtype=torch.uint8, device="cuda")
+        del held
+    assert len(meter.read().gpus) == torch.cuda.device_count()
+    assert max(meter.read().gpus) >= 10**8
 
 
 @pytest.mark.parametrize(

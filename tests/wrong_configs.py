@@ -274,6 +274,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "m.adapter.path",
     ),
     "pickled adapter": ("m.adapter: {path: pickled}", f"save the adapter as {WEIGHTS}", "m.adapter.path"),
+    "adapter with braces": ("m.adapter: {path: 'a{b}'}", "rename a{b}", "m.adapter.path"),
     "adapter that is a loop": ("m.adapter: {path: loop}", "loop is no complete adapter", "m.adapter.path"),
     "adapter that is its own copy": (
         "m.adapter: {path: adapters/m}",

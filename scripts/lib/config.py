@@ -88,17 +88,6 @@ def _plain(value: Any, path: Place, mistakes: list[Mistake]) -> Any:
     return {key: _plain(entry, (*path, key), mistakes) for key, entry in named.items()}
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """
-    Compare the config with the schema.
-
-    Raises:
-        ConfigError: one line per mistake, with the key's path, what was found and what is allowed.
-    """
-    if lines := mistakes_in(config, schema()):
-        raise config_error(lines)
-
-
 def mistakes_in(value: Any, rules: dict[str, Any]) -> list[str]:
     """How a value differs from a part of the schema, one line per mistake; nothing where it is as allowed."""
     return list(dict.fromkeys(map(str, find_mistakes(value, rules))))

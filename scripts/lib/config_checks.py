@@ -182,8 +182,8 @@ def check_questions(where: str, section: Section) -> Iterator[str]:
 def check_documents(where: str, folder: str) -> Iterator[str]:
     """Whether there are documents, under names that Snakemake can hold."""
     files = document_files(Path(folder))
-    if braced := [str(file) for file in files if set("{}") & set(str(file))]:
-        yield f"{where}: Snakemake takes braces for wildcards; rename {', '.join(braced)}"
+    if problem := _brace_problem(*map(str, files)):
+        yield f"{where}: {problem}"
     if not files:
         yield f"{where}: there is no folder {folder} with documents ({', '.join(ENDINGS)}) in it"
 
@@ -195,7 +195,9 @@ def check_adapter_folder(where: str, folder: Path, copies: Iterable[Path]) -> It
     except ValueError as error:  # a zero byte, or half of a character
         yield f"{where}.path: {str(folder)!r} cannot be read: {error}"
         return
-    if not {Path(os.path.realpath(copy)) for copy in copies}.isdisjoint([real, *real.parents]):
+    if braces := _brace_problem(str(folder)):
+        yield f"{where}.path: {braces}"
+    elif not {Path(os.path.realpath(copy)) for copy in copies}.isdisjoint([real, *real.parents]):
         yield f"{where}.path: {folder} is where modelmill copies an adapter to; name the original"
     elif problem := adapter_problem(folder):
         yield f"{where}.path: {folder} is no complete adapter: {problem}"
@@ -241,10 +243,15 @@ def check_folder(where: str, path: str) -> Iterator[str]:
         yield f"{where}: {problem}"
 
 
+def _brace_problem(*paths: str) -> str | None:
+    braced = [path for path in paths if set("{}") & set(path)]
+    return f"Snakemake takes braces for wildcards; rename {', '.join(braced)}" if braced else None
+
+
 def _path_problem(path: str, *, folder: bool) -> str | None:
     kind, other = ("folder", "file") if folder else ("file", "folder")
-    if set("{}") & set(path):
-        return f"Snakemake takes braces for wildcards; rename {path}"
+    if problem := _brace_problem(path):
+        return problem
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
