@@ -3,9 +3,6 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
-report: "report/workflow.rst"
-
-
 include: "rules/common.smk"
 
 

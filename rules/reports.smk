@@ -1,5 +1,10 @@
 # In: trained adapters, finished models. Out: reports/{model}.*, how training went, what it all took and what the models
 # can do; the HTML report of `snakemake --report` shows those that are there.
+
+
+report: "../report/workflow.rst"
+
+
 ASKED = [name for name, model in PROJECT.models.items() if model.smoke and model.adapter]
 WITH_QUESTIONS = [name for name, model in PROJECT.models.items() if model.smoke]
 WITH_DOCUMENTS = [name for name, model in PROJECT.models.items() if model.rag]
