@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from lib.cli import UsageError
-from lib.config import check_config
+from lib.config import mistakes_in, schema
 from lib.set_option import parse_settings, place_of, setting_paths
 
 
@@ -39,11 +39,11 @@ def test_words_become_settings(words: list[str], settings: dict[str, Any]) -> No
         ("temperature=1", "--set temperature: unknown key 'temperature'; did you mean 'ollama.parameters.temp"),
         ("lora.r=32", "--set lora.r: unknown key 'lora'; did you mean 'adapter.train.lora.r'?"),
         ("merge.dtype.x=1", "--set merge.dtype.x: unknown key 'x'"),
-        ("merge.=1", "--set merge.: expected object, found integer 1"),
+        ("merge.=1", "--set merge.: expected mapping, found integer 1"),
         ("=1", "--set : unknown key ''"),
         ("merge.dtype", "--set merge.dtype: say what, as in key=value"),
         ("merge.dtype=fp16", "--set merge.dtype: 'fp16' is none of float16, bfloat16, float32; did you mean 'f"),
-        ("quantize.types=q8_0", "--set quantize.types: expected array, found string 'q8_0'; a list is [q8_0]"),
+        ("quantize.types=q8_0", "--set quantize.types: expected list, found string 'q8_0'; write it as a list, [q8_0]"),
         ("ollama.parameters={heat: 1}", "--set ollama.parameters: unknown key 'heat'"),
         ("merge.max_shard_size=0", "--set merge.max_shard_size: 0 is less than the minimum of 1"),
     ],
@@ -72,7 +72,7 @@ def test_every_setting_of_the_shipped_config_has_a_place() -> None:
         words = [f"{path}={yaml.safe_dump(value, default_flow_style=True)}" for path, value in leaves(model, "")]
         settings = parse_settings(words, section="model")
         assert settings == model
-        check_config({"models": {"m": settings}})
+        assert mistakes_in({"models": {"m": settings}}, schema()) == []
 
 
 def test_paths_and_places_are_each_others_inverse() -> None:

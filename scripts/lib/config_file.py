@@ -35,8 +35,8 @@ def read_project(paths: Sequence[Path], changes: Mapping[str, Any]) -> Project:
         ConfigFileError: no file, or no YAML.
         ConfigError: listing every mistake.
     """
-    repeated = [line for path in paths for line in repeated_keys(path)]
-    return resolve_project(put_over(read_config(paths), changes), known=repeated)
+    config = put_over(read_config(paths), changes)
+    return resolve_project(config, known=[line for path in paths for line in repeated_keys(path)])
 
 
 def read_config(paths: Sequence[Path]) -> dict[str, Any]:
