@@ -33,6 +33,4 @@ include: "rules/wrong_targets.smk"
 
 
 onstart:
-    refuse_lost_targets()
-    refuse_clipped_jobs()
-    refuse_small_machine()
+    check_before_start()

@@ -23,6 +23,7 @@ from lib.decisions import merge_decisions, training_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
 from lib.jsonfile import digest_json
+from lib.locks import join_runs, writer_of
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
@@ -48,11 +49,33 @@ except ModelmillError as error:
 configfile: "config.yaml"
 
 
+# Whether another workflow uses these rules by `module`.
+IN_MODULE = not workflow.modifier.is_main_snakefile()
+if IN_MODULE and workflow.modifier.modify_path("models") != "models":
+    raise WorkflowError("modelmill cannot be a module with a prefix: its scripts write to models/, bases/ and the like")
+
+
+# Snakemake's own locks outlive a Snakemake that was killed, and would refuse every run after it.
+if workflow.is_main_process and not workflow.output_settings.dryrun:
+    join_runs(Path(".snakemake"), left_by_dead="locks/*.lock")
+
+
+def said_in_call(modifier):
+    """What --config says of the config that a workflow or module sees, read as YAML."""
+    if not modifier.skip_configfile:
+        return as_yaml(workflow.config_settings.config)
+    outer = modifier.parent_modifier
+    said = said_in_call(outer)
+    if modifier.globals["config"] is outer.globals["config"]:
+        return said
+    parts = (key for key, part in outer.globals["config"].items() if part is modifier.globals["config"])
+    return said.get(next(parts, None), {})
+
+
+CHANGES = said_in_call(workflow.modifier)
+SETTINGS = put_over(config, CHANGES)
 try:
-    PROJECT = resolve_project(
-        put_over(config, as_yaml(workflow.config_settings.config)),
-        known=[line for file in CONFIG_FILES for line in repeated_keys(file)],
-    )
+    PROJECT = resolve_project(SETTINGS, known=[line for file in CONFIG_FILES for line in repeated_keys(file)])
 except ModelmillError as error:
     sys.exit(str(error))
 
@@ -109,11 +132,11 @@ def on_gpus(needs):
 
 def config_files(wildcards, input):
     """Where the config was read from; no recorded parameter, like the next: its values tell when it is another."""
-    return shlex.join(map(str, workflow.configfiles))
+    return "" if IN_MODULE else shlex.join(map(str, workflow.configfiles))
 
 
 def config_changes(wildcards, input):
-    return json.dumps(as_yaml(workflow.config_settings.config))
+    return json.dumps(SETTINGS if IN_MODULE else CHANGES)
 
 
 def final_targets():
@@ -322,11 +345,16 @@ def explain_wrong_target(wildcards):
     sys.exit(explain_target(wildcards.wrong, PROJECT))
 
 
+def needed_jobs():
+    """The jobs of this run, without those of a workflow that uses these rules as a module."""
+    return [job for job in workflow.dag.needrun_jobs() if job.rule.module_globals is globals()]
+
+
 def planned_jobs():
     """The jobs of this run in an order in which they can run, with what is let go after each."""
     from lib.preflight import PlannedJob
 
-    needed = set(workflow.dag.needrun_jobs())
+    needed = set(needed_jobs())
     in_order = [job for level in workflow.dag.toposorted(needed) for job in sorted(level, key=str)]
     last = {str(file): job for job in in_order for file in job.input}
     removed = dict.fromkeys(in_order, 0)
@@ -381,7 +409,7 @@ def refuse_small_machine():
 
 def refuse_lost_targets():
     """Refuse targets that would be removed again because another target consumes them."""
-    jobs = list(workflow.dag.needrun_jobs())
+    jobs = needed_jobs()
     consumed = {str(file) for job in jobs for file in job.input}
     removed = {str(file) for job in jobs for file in job.output if is_flagged(file, "temp")} & consumed
     asked = set(map(str, workflow.dag.targetfiles))
@@ -390,3 +418,34 @@ def refuse_lost_targets():
             f"{', '.join(lost)} would be removed after use, though asked for: set keep_intermediates: true in "
             "config.yaml, or ask for it and for what is made from it in two calls (nothing was run)"
         )
+
+
+def refuse_running_jobs():
+    """Refuse to begin beside jobs that still run though their Snakemake was killed: what they write would be removed."""
+    files = [Path(file) for job in needed_jobs() for file in job.output]
+    running = {str(path): writer_of(path) for file in files for path in (file, file.parent)}
+    if lines := [f"{path} is being written by {writer}" for path, writer in sorted(running.items()) if writer]:
+        raise WorkflowError("\n  ".join([*lines, "wait for it or end it, and run this again (nothing was run)"]))
+
+
+def check_before_start():
+    refuse_lost_targets()
+    refuse_running_jobs()
+    refuse_clipped_jobs()
+    refuse_small_machine()
+
+
+def also_check(own):
+    """The `onstart` of a workflow that uses these rules as a module, after our checks."""
+
+    def both(log):
+        check_before_start()
+        own(log)
+
+    return both
+
+
+if IN_MODULE:
+    # Snakemake calls only that workflow's own. One that comes later in its Snakefile replaces this, and has to call
+    # `modelmill.onstart()`, as README.md says.
+    workflow._onstart = also_check(workflow._onstart)

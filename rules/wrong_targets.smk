@@ -8,5 +8,6 @@ rule wrong_target:
     output:
         "{wrong}",
     wildcard_constraints:
-        wrong=wrong_targets(PROJECT),
+        # In our folders other rules may write as well, where this is a module.
+        wrong="(?!)" if IN_MODULE else wrong_targets(PROJECT),
     localrule: True

@@ -20,11 +20,12 @@ from lib.console import say
 from lib.gguf_file import GgufFile, check_same_tensors, count_types, read_gguf
 from lib.imatrix import Imatrix, identify_imatrix, read_imatrix
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
+from lib.locks import only_writer
 from lib.manifest import write_file_manifest
 from lib.merge import Overflows, demand_device
 from lib.merge_inputs import add_merge_inputs, read_merge
 from lib.options import add_settings
-from lib.outputs import finished_file, only_writer, scratch_folder
+from lib.outputs import finished_file, scratch_folder
 from lib.provenance import gguf_metadata
 from lib.quant_types import QUANTIZED_TYPES, source_type
 from lib.quantize_options import add_quantize_options, tensor_types_from
@@ -159,8 +160,7 @@ def build_staged(build: Build) -> None:
     """
     outtype = source_type(build.dtype)
     scratch = build.first.with_name(f".{build.first.name}.staged")
-    # Not the output's own lock, which quantize_gguf takes.
-    with only_writer(scratch), scratch_folder(scratch) as folder:
+    with only_writer(*build.outputs.values()), scratch_folder(scratch) as folder:
         checkpoint, manifest, source = build.base, build.base_manifest, folder / f"source.{outtype}.gguf"
         if build.artifact == "merged":
             checkpoint, manifest = folder / "merged", None
@@ -297,7 +297,7 @@ def main() -> None:
     add_settings(parser, "merge", without=("device", "max_shard_size"))
     add_quantize_options(parser)
     add_llama_cpp_options(parser)
-    run_script(parser, _work)
+    run_script(parser, _work, outputs=lambda given: _outputs(str(given.output), given.quant).values())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.checkpoint import is_embedding
@@ -16,6 +15,7 @@ from lib.gguf_file import read_gguf
 from lib.jsonfile import digest_json, write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.loading import explain_loading
+from lib.outputs import scratch_beside
 from lib.process import ProgramError, run_program
 from lib.safetensors_file import read_tensors
 
@@ -38,11 +38,11 @@ def check_base(*, base: Path, output: Path, llama_cpp: LlamaCpp) -> None:
         ConversionError: llama.cpp does not know the architecture, a tensor or the pre-tokenizer, the vocabulary has
             another number of tokens than the embedding has rows, or there are two unlike chat templates.
     """
-    with TemporaryDirectory() as folder:
-        vocabulary = Path(folder, "vocabulary.gguf")
+    with scratch_beside(output) as folder:
+        vocabulary = folder / "vocabulary.gguf"
         _run_converter(base, "--vocab-only", outfile=vocabulary, llama_cpp=llama_cpp)
         metadata = read_gguf(vocabulary, vocabulary_only=True).metadata
-        _run_converter(base, "--dry-run", outfile=Path(folder, "model.gguf"), llama_cpp=llama_cpp)
+        _run_converter(base, "--dry-run", outfile=folder / "model.gguf", llama_cpp=llama_cpp)
     tokens = len(metadata["tokenizer.ggml.tokens"])
     template = metadata.get("tokenizer.chat_template")
     _check_vocabulary(base, tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.calibration import CHUNK_TOKENS, LEAST_TOKENS, CalibrationError, identify_text
@@ -15,7 +14,7 @@ from lib.gguf_file import read_gguf
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.options import add_settings
-from lib.outputs import finished_file
+from lib.outputs import finished_file, scratch_beside
 from lib.process import ProgramError, run_program
 
 
@@ -41,8 +40,8 @@ def compute_imatrix(
     """
     origin, read = read_file_manifest(source), identify_text(text)
     say(f"computing the importance matrix of {source} on {text}, {threads} threads")
-    with finished_file(output) as partial, TemporaryDirectory() as folder:
-        _run_imatrix(llama_cpp, source, text, chunks=chunks, threads=threads, folder=Path(folder), output=partial)
+    with finished_file(output) as partial, scratch_beside(output) as folder:
+        _run_imatrix(llama_cpp, source, text, chunks=chunks, threads=threads, folder=folder, output=partial)
         matrix = read_gguf(partial)
         used, entries = matrix.metadata["imatrix.chunk_count"], len(matrix.tensors) // 2
         facts = describe_file(partial)

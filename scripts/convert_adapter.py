@@ -21,7 +21,7 @@ from lib.lora import LoraError, LowRank, Update, read_lora
 from lib.manifest import describe_file, write_file_manifest
 from lib.merge_inputs import read_merge
 from lib.origin import LORA
-from lib.outputs import finished_file, scratch_folder
+from lib.outputs import finished_file, scratch_beside
 from lib.process import run_program
 
 ALPHA = "adapter.lora.alpha"
@@ -74,7 +74,7 @@ def convert_adapter(
     )
     origin = {role: held.origin[role] for role in ("adapter", "base")}
     say(f"converting {adapter} to GGUF, {len(factors)} pairs of factors, alpha {alpha:g}")
-    with finished_file(output) as partial, scratch_folder(output.with_name(f".{output.name}.scratch")) as folder:
+    with finished_file(output) as partial, scratch_beside(output) as folder:
         (folder / "base").mkdir()
         (folder / "adapter").mkdir()
         shutil.copy(base / "config.json", folder / "base")

@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib import checked_converter
@@ -17,7 +16,7 @@ from lib.gguf_file import count_types, read_gguf
 from lib.jsonfile import read_json, write_json
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import identify_folder, write_file_manifest
-from lib.outputs import finished_file
+from lib.outputs import finished_file, scratch_beside
 from lib.process import run_program
 from lib.provenance import gguf_metadata
 from lib.quant_types import SOURCE_TYPES
@@ -53,10 +52,10 @@ def convert_gguf(
     """
     source = identify_folder(checkpoint, manifest, artifact=artifact, names=checkpoint_files, threads=threads)
     say(f"converting {checkpoint} to {outtype.upper()}")
-    with finished_file(output) as partial, TemporaryDirectory() as folder:
-        metadata = Path(folder) / "metadata.json"
+    with finished_file(output) as partial, scratch_beside(output) as folder:
+        metadata = folder / "metadata.json"
         write_json(metadata, gguf_metadata(source, artifact=artifact, name=name, llama_cpp_commit=llama_cpp.commit))
-        digest = Path(folder) / "digest.json"
+        digest = folder / "digest.json"
         _run_converter(llama_cpp, checkpoint, metadata=metadata, outtype=outtype, output=partial, digest=digest)
         types, facts = count_types(read_gguf(partial)), read_json(digest)
     origin = {artifact: source, "llama_cpp": llama_cpp.commit, "type": outtype}

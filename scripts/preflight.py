@@ -121,13 +121,13 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__, threads=False)
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="what is to be built"
+        "--config", type=Path, nargs="*", default=[Path("config.yaml")], metavar="FILE", help="what is to be built"
     )
     parser.add_argument("--changes", type=json_mapping, default={}, metavar="JSON", help="put over what the files say")
     parser.add_argument("--model", action="append", metavar="NAME", help="may be repeated; left out, every model")
     parser.add_argument("--planned", action="store_true", help="the machine of config.yaml instead of this one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON")
-    run_script(parser, _work)
+    run_script(parser, _work, outputs=lambda given: [given.json] if given.json else [])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.cli import run_script, script_parser
@@ -15,7 +14,7 @@ from lib.imatrix import NAME as IMATRIX_NAME
 from lib.imatrix import identify_imatrix
 from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
-from lib.outputs import finished_file
+from lib.outputs import finished_file, scratch_beside
 from lib.process import run_program
 from lib.quant_types import QUANTIZED_TYPES
 from lib.quantize_options import add_quantize_options, tensor_types_from
@@ -57,13 +56,13 @@ def quantize_gguf(
     held = read_gguf(source)
     refuse_unmatched(tensor_types.tensor_type, names=[tensor.name for tensor in held.tensors], source=str(source))
     say(f"quantizing {source} to {quant.upper()} on {threads} threads")
-    with finished_file(output) as partial, TemporaryDirectory() as folder:
+    with finished_file(output) as partial, scratch_beside(output) as folder:
         options = quantizer_options(tensor_types)
         if imatrix is not None:
-            (Path(folder) / IMATRIX_NAME).symlink_to(imatrix.absolute())
+            (folder / IMATRIX_NAME).symlink_to(imatrix.absolute())
             options += ["--imatrix", IMATRIX_NAME]
         command = [llama_cpp.tool("llama-quantize").absolute(), *options, source.absolute(), partial.absolute()]
-        _run_quantizer([*command, quant.upper(), str(threads)], folder=Path(folder), output=partial)
+        _run_quantizer([*command, quant.upper(), str(threads)], folder=folder, output=partial)
         if imatrix is not None:
             # It writes the matrix's keys last, but would not when reading the file again, as Ollama's server does.
             put_last(partial, LAST_KEYS)

@@ -19,9 +19,10 @@ from lib.cli import UsageError, run_script, script_parser, usable_cores
 from lib.code import code_digest
 from lib.console import say
 from lib.jsonfile import write_json
+from lib.locks import only_writer
 from lib.manifest import describe_file, describe_files, identify_folder, write_folder_manifest
 from lib.options import add_settings, settings_from
-from lib.outputs import finished_folder, only_writer
+from lib.outputs import finished_folder
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.training import Places, fix_threads, train_lora

@@ -30,12 +30,13 @@ from hub_model import (
     program,
     state,
 )
+from other_run import other_run
 
 from lib import hub_transfer
 from lib.console import LOGGER, configure_logging
 from lib.hub import download_checkpoint
 from lib.hub_folder import STATE_FOLDER, HubError
-from lib.outputs import OutputError, only_writer
+from lib.locks import LockedError
 
 # What is fetched
 
@@ -250,7 +251,7 @@ def test_wrong_bytes_never_get_the_final_name(fake: FakeHub, output: Path, name:
 
 
 def test_second_process_on_the_same_folder_is_refused(fake: FakeHub, output: Path) -> None:
-    with only_writer(output), pytest.raises(OutputError, match="model is being written by another run"):
+    with other_run(output), pytest.raises(LockedError, match="model is being written by another run"):
         download_checkpoint(repo_id=REPO, revision="main", output=output)
     assert fake.requests == []
     download_checkpoint(repo_id=REPO, revision="main", output=output)

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from other_run import other_run
 
+from lib.locks import LockedError
 from lib.manifest import write_folder_manifest
 from lib.outputs import OutputError, finished_file, finished_folder
 
@@ -152,14 +154,19 @@ def test_what_a_killed_run_left_is_not_taken_over(finished: Finished, tmp_path: 
 
 
 @BOTH
-def test_a_second_writer_is_refused_and_the_first_goes_on(finished: Finished, tmp_path: Path) -> None:
+def test_beside_another_writer_nothing_begins(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.locks.TRIES", 1)
     output = tmp_path / "out"
-    with finished(output) as partial:
-        write(partial, "mine")
-        with pytest.raises(OutputError, match="out is being written by another run"), finished(output):
-            pass
-        assert read(partial) == "mine"
-    assert read(output) == "mine"
+    (tmp_path / ".out.partial").touch()
+    with (
+        other_run(output),
+        pytest.raises(LockedError, match="out is being written by another run"),
+        finished(output),
+    ):
+        pytest.fail("the work must not begin")
+    assert (tmp_path / ".out.partial").is_file(), "that is the other's"
 
 
 @BOTH

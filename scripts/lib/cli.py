@@ -10,11 +10,12 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lib.console import configure_logging, note, say
 from lib.errors import ModelmillError
+from lib.locks import only_writer
 from lib.usage import Meter
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
@@ -54,16 +55,34 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
-    """Parse, set up the log, work, leave with the documented status, and end the log with what it took."""
+def _output(arguments: argparse.Namespace) -> list[Path]:
+    output = getattr(arguments, "output", None)
+    return [] if output is None else [output]
+
+
+def run_script(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    *,
+    outputs: Callable[[argparse.Namespace], Iterable[Path]] = _output,
+) -> None:
+    """
+    Parse, set up the log, work, leave with the documented status, and end the log with what it took.
+
+    Args:
+        outputs: what nobody else may write meanwhile; manifests and logs beside it are written under its lock, too.
+    """
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.raiseExceptions = False  # a log on a full disk would show a traceback for every line it misses
     try:
-        configure_logging(log=arguments.log)
-        with Meter() as meter:
-            work(arguments)
-        note(str(meter.read()))
+        configure_logging(log=None)
+        with only_writer(*outputs(arguments)):
+            # Not before: the log is that of the other run, if there is one.
+            configure_logging(log=arguments.log)
+            with Meter() as meter:
+                work(arguments)
+            note(str(meter.read()))
     except UsageError as error:
         _leave(f"{parser.prog}: {error}", WRONG_USE)
     except ModelmillError as error:

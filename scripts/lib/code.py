@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-# Modules that cannot change an artifact's bytes: they talk to the user, or carry option values, which a
-# rule's params hold anyway.
+# Modules that cannot change an artifact's bytes: they talk to the user, keep two runs apart, or carry option values,
+# which a rule's params hold anyway.
 NEUTRAL = frozenset(
-    f"lib/{name}.py" for name in ("__init__", "cli", "config", "console", "errors", "options", "typed", "usage")
+    f"lib/{name}.py"
+    for name in ("__init__", "cli", "config", "console", "errors", "locks", "options", "typed", "usage")
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -28,7 +27,7 @@ from lib.gguf_tokenizer import (
     write_tokenizer,
 )
 from lib.jsonfile import read_json, write_json
-from lib.outputs import finished_folder
+from lib.outputs import finished_folder, scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ def import_gguf(*, gguf: Path, output: Path, dtype: str) -> None:
         GgufError: no whole GGUF file.
         GgufImportError: one of several parts, an architecture or tokenizer that is not known, or something in it
             would be lost.
-        OutputError: another run is writing `output`.
+        LockedError: another run is writing `output`.
     """
     if dtype not in DTYPES:
         raise GgufImportError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -103,7 +102,7 @@ def _refuse_lost_rope(*, header: GgufFile) -> None:
 
 def _write_weights(*, header: GgufFile, vocabulary: Vocabulary, checkpoint: Path, dtype: str) -> None:
     """Unpack the weights into safetensors, with config.json and generation_config.json."""
-    model, report = _load_model(header=header, dtype=dtype)
+    model, report = _load_model(header=header, checkpoint=checkpoint, dtype=dtype)
     _check_model(header=header, vocabulary=vocabulary, model=model, report=report)
     model.save_pretrained(checkpoint, max_shard_size=SHARD_SIZE)
     saved = read_json(checkpoint / "config.json")
@@ -116,7 +115,7 @@ def _write_weights(*, header: GgufFile, vocabulary: Vocabulary, checkpoint: Path
         shutil.copymode(checkpoint / "config.json", checkpoint / name)  # safetensors lets only the owner read
 
 
-def _load_model(*, header: GgufFile, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_model(*, header: GgufFile, checkpoint: Path, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
     Load the weights with transformers.
 
@@ -126,8 +125,8 @@ def _load_model(*, header: GgufFile, dtype: str) -> tuple[PreTrainedModel, dict[
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig, __version__
 
-    with tempfile.TemporaryDirectory() as folder:
-        alone = Path(folder, "model.gguf")
+    with scratch_folder(checkpoint / ".alone") as folder:
+        alone = folder / "model.gguf"
         alone.symlink_to(header.path.absolute())
         try:
             return AutoModelForCausalLM.from_pretrained(

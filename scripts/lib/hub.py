@@ -27,7 +27,7 @@ from lib.cli import describe_os_error
 from lib.console import say
 from lib.hub_folder import DownloadFolder, HubError, RemoteFile, show_size
 from lib.hub_transfer import ask_patiently, fetch_files, reason, timeout
-from lib.outputs import only_writer
+from lib.locks import only_writer
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -67,7 +67,7 @@ def download_checkpoint(*, repo_id: str, revision: str, output: Path) -> str:
 
     Raises:
         HubError: if the checkpoint cannot be fetched, does not fit on the disk, or is not safetensors.
-        OutputError: another run is downloading into this folder.
+        LockedError: another run is downloading into this folder.
     """
     source = _source(repo_id=repo_id, revision=revision)
     folder = DownloadFolder(output)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
-from lib.console import note
 from lib.errors import ModelmillError
 from lib.jsonfile import read_json
+from lib.locks import only_writer
 from lib.manifest import NAME
 
 # What may lie in a folder of ours beside the files that its manifest names.
@@ -20,7 +18,7 @@ ALSO_OURS = frozenset({NAME, ".snakemake_timestamp", ".hub"})
 
 
 class OutputError(ModelmillError):
-    """An output is being written by another run, or would destroy what is not ours."""
+    """An output would destroy what is not ours."""
 
 
 @contextmanager
@@ -33,26 +31,35 @@ def finished_folder(output: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Pa
         inputs: what the block reads; none of it may be lost to the output.
 
     Raises:
-        OutputError: before the block, if something would be lost; or another run writes this output.
+        OutputError: before the block, if something would be lost.
+        LockedError: another run writes this output.
     """
     _refuse_loss(output, inputs)
     with only_writer(output):
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, earlier = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "earlier"))
+        for left in (partial, earlier):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # Not removed before its successor is there: a run that is killed meanwhile would leave half of it.
         if output.exists():
-            shutil.rmtree(output)
+            os.replace(output, earlier)
         os.replace(partial, output)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 @contextmanager
 def finished_file(output: Path) -> Iterator[Path]:
-    """Give a temporary path beside `output`, and rename it when the block ends without an error."""
+    """
+    Give a temporary path beside `output`, and rename it when the block ends without an error.
+
+    Raises:
+        LockedError: another run writes this output.
+    """
     with only_writer(output):
         partial = output.with_name(f".{output.name}.partial")
         partial.unlink(missing_ok=True)
@@ -66,6 +73,11 @@ def finished_file(output: Path) -> Iterator[Path]:
         os.replace(partial, output)
 
 
+def scratch_beside(output: Path) -> AbstractContextManager[Path]:
+    """A scratch folder for who writes `output`: not in the system's, where a run that is killed leaves it for good."""
+    return scratch_folder(output.with_name(f".{output.name}.scratch"))
+
+
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder, which is removed when the block ends; what a run that was killed left there is, too."""
@@ -75,27 +87,6 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """
-    Hold the right to write `output`, by a lock file beside it, until the block ends.
-
-    A job whose Snakemake was killed goes on writing; a second one must not write beside it.
-
-    Raises:
-        OutputError: another run holds it.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    with path.open("w") as lock:
-        if not _locked(lock, path):
-            raise OutputError(f"{output} is being written by another run; wait for it or end it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _refuse_loss(output: Path, inputs: Iterable[Path]) -> None:
@@ -118,16 +109,3 @@ def _own_files(folder: Path) -> set[str]:
         return {*ALSO_OURS, *({} if in_place else manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set(ALSO_OURS)
-
-
-def _locked(lock: IO[str], path: Path) -> bool:
-    """Whether the lock is ours; a file system without locks goes without."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its holder may have removed the file between our opening and our locking it.
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError as error:
-        note(f"{path} cannot be locked ({error.strerror})")
-        return True

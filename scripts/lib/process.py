@@ -15,6 +15,7 @@ from pathlib import Path
 from lib.cli import describe_full_disk, free_space
 from lib.console import note
 from lib.errors import ModelmillError
+from lib.locks import held_locks
 
 LAST_LINES = 12
 LEAST_FREE = 1 << 20  # bytes; on a disk with less, no file of ours could be finished
@@ -66,6 +67,7 @@ class Program:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 cwd=folder,
+                pass_fds=held_locks(),
             )
         except OSError as error:
             raise ProgramError(f"{self._name} cannot be started: {error.strerror}") from error

@@ -11,11 +11,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lib.gguf_file import ALIGNMENT, STRING, GgufError, GgufFile, GgufTensor, row_bytes
 from lib.imatrix import NAME as IMATRIX_NAME
 from lib.llama_cpp import LlamaCpp
+from lib.outputs import scratch_beside
 from lib.process import run_program
 
 # Where llama-quantize puts these when it reads a file and writes it again.
@@ -92,12 +92,12 @@ def _decide(
         if found := DECISION.match(line):
             types[found[1]] = (found[3] or found[2]).upper()
 
-    with TemporaryDirectory() as folder:
+    with scratch_beside(source.path) as folder:
         words = [llama_cpp.tool("llama-quantize").absolute(), "--dry-run", *options]
         if imatrix is not None:
-            (Path(folder) / IMATRIX_NAME).symlink_to(imatrix.absolute())
+            (folder / IMATRIX_NAME).symlink_to(imatrix.absolute())
             words += ["--imatrix", IMATRIX_NAME]
-        run_program([*words, source.path.absolute(), quant.upper()], follow=follow, folder=Path(folder))
+        run_program([*words, source.path.absolute(), quant.upper()], follow=follow, folder=folder)
     return types
 
 
