@@ -26,9 +26,9 @@ JOIN = "_and_"  # between the types in the name of a rule that makes several
 BASES = ("", ".base")
 _TYPE = "|".join(QUANTIZED_TYPES)
 # As Snakemake calls itself in a job on a cluster.
-_JOB = re.compile(rf"({STAGED_RULE}|{DIRECT_RULE}):model=(?P<model>.+),base=(?P<base>.*),quant=(?P<quant>.+)")
+_JOB = re.compile(rf"\w*?({STAGED_RULE}|{DIRECT_RULE}):model=(?P<model>.+),base=(?P<base>.*),quant=(?P<quant>.+)")
 _JOB_OF_SEVERAL = re.compile(
-    rf"{DIRECT_RULE}_(?P<types>({_TYPE})({JOIN}({_TYPE}))+)(_base)?:model=(?P<model>.+),base=(?P<base>.*)"
+    rf"\w*?{DIRECT_RULE}_(?P<types>({_TYPE})({JOIN}({_TYPE}))+)(_base)?:model=(?P<model>.+),base=(?P<base>.*)"
 )
 
 
