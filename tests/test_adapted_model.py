@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import training_runs as runs
+from other_run import other_run
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lib.adapted_model import AdapterError, attach_adapter, build_model, check_packable
@@ -143,3 +145,21 @@ def test_samples_cannot_be_packed_for_an_attention_that_takes_no_mask() -> None:
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(AdapterError, match="packing: the model has the attention flash_attention_2"):
         check_packable(model)
+
+
+def test_files_of_streamed_weights_do_not_outlive_their_run_for_long(tiny_base: Path, tmp_path: Path) -> None:
+    """A run that is killed leaves up to the base's size behind; the next one there removes it."""
+    offload = {"use_disk_offload": True, "offload_folder": str(tmp_path), "max_memory": {"cpu": "0MB"}}
+    ours = f"modelmill-offload-{os.uname().nodename}-"
+    names = {"killed": f"{ours}1", "alive": f"{ours}2", "elsewhere": "modelmill-offload-elsewhere-1"}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "block-0000.bin").touch()
+    for name in ("killed", "elsewhere"):
+        (tmp_path / f".{names[name]}.lock").touch()
+    with other_run(tmp_path / names["alive"]), ExitStack() as cleanup:
+        build_model(tiny_base, runs.settings(offload=offload), gpus=[], cleanup=cleanup)
+        folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+        assert folders == {names["alive"], names["elsewhere"], f"{ours}{os.getpid()}"}
+        assert not (tmp_path / f".{names['killed']}.lock").exists()
+    assert not (tmp_path / f"{ours}{os.getpid()}").exists()

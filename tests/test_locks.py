@@ -15,7 +15,7 @@ import pytest
 from other_run import WRITER, other_run
 
 from lib import locks
-from lib.locks import LockedError, held_locks, join_runs, only_writer, writer_of
+from lib.locks import LockedError, held_locks, join_runs, only_writer, was_left, writer_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 HOLD = "from lib.locks import only_writer; lock = only_writer(Path(sys.argv[1])); lock.__enter__()"
@@ -89,13 +89,15 @@ def test_a_killed_writers_lock_is_free(tmp_path: Path) -> None:
     killed = start(f"{HOLD}; print('here', flush=True); sys.stdin.read()", output)
     assert killed.stdout.readline() == "here\n"
     assert writer_of(output) == f"another run (process {killed.pid} on {os.uname().nodename})"
+    assert not was_left(output)
     killed.kill()
     killed.communicate()
     assert (tmp_path / ".out.lock").exists()
-    assert writer_of(output) is None
+    assert writer_of(output) is None and was_left(output)
     with only_writer(output):
         pass
     assert list(tmp_path.iterdir()) == []
+    assert not was_left(output), "nobody was killed"
 
 
 def test_a_program_of_a_killed_script_still_holds_its_lock(tmp_path: Path) -> None:
@@ -132,6 +134,7 @@ def test_a_file_system_without_locks_goes_without(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("fcntl.flock", refuse)
     with only_writer(tmp_path / "out"):
         assert writer_of(tmp_path / "out") is None
+        assert not was_left(tmp_path / "out"), "nobody knows"
     left = tmp_path / "locks" / "left"
     left.parent.mkdir()
     left.touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,6 +152,33 @@ def test_what_a_killed_run_left_is_not_taken_over(finished: Finished, tmp_path: 
     assert everything(tmp_path) == ["out"]
     if output.is_dir():
         assert everything(output) == ["MANIFEST.json", "part"]
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final name leads to a whole folder or to none."""
+    output, seen = tmp_path / "out", []
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if source.is_dir():
+            seen.append({path.name: everything(path) for path in tmp_path.iterdir() if path.is_dir()})
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    for text in ("first", "second"):
+        with finished_folder(output) as partial:
+            write(partial, text)
+    whole = ["MANIFEST.json", "part"]
+    assert seen == [
+        {".out.partial": whole},
+        {".out.partial": whole, "out": whole},
+        {".out.partial": whole, ".out.earlier": whole},
+    ]
+    monkeypatch.undo()
+    (tmp_path / ".out.earlier").mkdir()
+    with finished_folder(output) as partial:
+        write(partial, "third")
+    assert everything(tmp_path) == ["out"] and read(output) == "third"
 
 
 @BOTH

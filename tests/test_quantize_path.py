@@ -143,6 +143,8 @@ def test_a_job_on_a_cluster_goes_the_way_it_was_planned(project: Project) -> Non
     assert not is_direct(project, Q4_K_M, "--target-jobs", "quantize_gguf:model=tuned,base=,quant=q4_k_m")
     Path("models/tuned.f16.gguf").write_bytes(b"GGUF")
     assert is_direct(project, Q4_K_M, "--target-jobs", "build_direct:model=tuned,base=,quant=q4_k_m")
+    # As a module's, under a name of another workflow's.
+    assert is_direct(project, Q4_K_M, "--target-jobs", "mm_build_direct:model=tuned,base=,quant=q4_k_m")
 
 
 def test_the_matrix_stays_with_the_file_that_computed_it(project: Project) -> None:
@@ -179,6 +181,10 @@ def test_the_matrix_stays_with_the_file_that_computed_it(project: Project) -> No
         (
             ["--target-jobs", "build_direct_q4_k_m_and_q8_0_base:model=tuned,base=.base"],
             {(".base", ("q4_k_m", "q8_0")): ["tuned"]},
+        ),
+        (
+            ["--target-jobs", "mm_build_direct_q4_k_m_and_q8_0:model=tuned,base="],
+            {("", ("q4_k_m", "q8_0")): ["tuned"]},
         ),
         (["--target-jobs", "build_direct:model=tuned,base=,quant=q8_0"], {}),
     ],

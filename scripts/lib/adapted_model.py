@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from socket import gethostname
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from lib.base_model import exceeds_cards, load_base, weight_limits
 from lib.config import suggest
 from lib.console import say
 from lib.errors import ModelmillError
+from lib.locks import LockedError, only_writer, was_left
 from lib.offload import decoder_blocks, stream_beyond
+from lib.outputs import scratch_folder
 from lib.train_settings import Train
 
 if TYPE_CHECKING:
@@ -141,11 +146,15 @@ def _installed_gpus(settings: Train) -> list[float]:
 
 
 def _offload_folder(settings: Train, cleanup: ExitStack) -> Path:
-    """A temporary folder, in `offload_folder` if that is set."""
-    parent = settings.offload.offload_folder
-    if parent:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    return Path(cleanup.enter_context(TemporaryDirectory(prefix="modelmill-offload-", dir=parent)))
+    """A temporary folder, in `offload_folder` if that is set; those that killed runs left there are removed."""
+    parent = Path(settings.offload.offload_folder or gettempdir())
+    ours = f"modelmill-offload-{gethostname()}-"
+    for left in filter(was_left, parent.glob(f"{ours}*")):
+        with suppress(LockedError), only_writer(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{ours}{os.getpid()}"
+    cleanup.enter_context(only_writer(folder))
+    return cleanup.enter_context(scratch_folder(folder))
 
 
 def attach_adapter(model: Any, settings: Train, *, gradient_checkpointing: bool, streamed: bool = False) -> PeftModel:

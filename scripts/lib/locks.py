@@ -65,6 +65,16 @@ def writer_of(output: Path) -> str | None:
     return None
 
 
+def was_left(output: Path) -> bool:
+    """Whether who wrote an output was killed: its lock is there, and free."""
+    try:
+        with _lock_file(output).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # a lock that is held is one as well
+        return False
+    return True
+
+
 def join_runs(folder: Path, *, left_by_dead: str) -> None:
     """
     Count as a living run until this process ends, and remove what earlier ones left that have all ended.
