@@ -97,9 +97,8 @@ def join_runs(folder: Path, *, left_by_dead: str) -> None:
             for left in folder.glob(left_by_dead) if here else ():
                 left.unlink(missing_ok=True)
         fcntl.flock(lock, fcntl.LOCK_SH)
-        lock.truncate(0)
-        lock.write(socket.gethostname())
-        lock.flush()
+        if not here:
+            _write(lock, socket.gethostname())
 
 
 @contextmanager
@@ -111,9 +110,7 @@ def _only_writer(output: Path) -> Iterator[None]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, output=output) as lock:
         with suppress(OSError):  # a full disk; then it is not said who writes
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            _write(lock, f"process {os.getpid()} on {socket.gethostname()}")
         _held[path] = lock
         try:
             yield
@@ -143,8 +140,15 @@ def _locked(path: Path, *, output: Path) -> IO[str]:
     raise LockedError(f"{output} is being written by {_describe(path)}; wait for it or end it")
 
 
+def _write(lock: IO[str], text: str) -> None:
+    """Replace its content; at once, since a buffer would be tried again when the file is closed."""
+    os.ftruncate(lock.fileno(), 0)
+    os.write(lock.fileno(), text.encode())
+
+
 def _lock_file(output: Path) -> Path:
-    return output.absolute().with_name(f".{output.name}.lock")
+    place = output.absolute()
+    return place.parent / f".{place.name}.lock"
 
 
 def _describe(path: Path) -> str:
