@@ -17,6 +17,7 @@ from conftest import ROOT
 from small_disk import enlarge, small_disk
 
 from lib.adapter_folder import WEIGHTS
+from lib.locks import writer_of
 from lib.manifest import sha256_file
 
 pytestmark = pytest.mark.slow
@@ -122,8 +123,11 @@ def test_kill_9_in_the_middle(
             time.sleep(0.001)
         time.sleep(attempt * moments.uniform(0, 0.02))
         process.kill()
-        process.communicate()
         final = folder / steps[name].name
+        # A program that it has started is not killed with it, and has the lock until it ends.
+        while process.poll() is None or writer_of(final):
+            time.sleep(0.01)
+        process.communicate()
         unfinished += not final.exists()
         if final.is_file():
             assert sha256_file(final) == undisturbed[name][final.name]

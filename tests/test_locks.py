@@ -112,7 +112,8 @@ def test_a_program_of_a_killed_script_still_holds_its_lock(tmp_path: Path) -> No
     try:
         script.kill()
         script.communicate()
-        with pytest.raises(LockedError, match="out is being written"), only_writer(output):
+        told = rf"another run \(process {script.pid} on .*, which has ended; a program that it started goes on\)"
+        with pytest.raises(LockedError, match=f"out is being written by {told}"), only_writer(output):
             pytest.fail("the work must not begin")
     finally:
         os.kill(program, signal.SIGKILL)

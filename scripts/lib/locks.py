@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -157,4 +158,17 @@ def _describe(path: Path) -> str:
         said = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         said = ""
-    return f"another run ({said})" if said else "another run"
+    if not (found := re.fullmatch(r"process (\d+) on (.+)", said)):
+        return "another run"
+    ended = found[2] == socket.gethostname() and not _is_alive(int(found[1]))
+    return f"another run ({said}{', which has ended; a program that it started goes on' if ended else ''})"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        pass
+    return True
