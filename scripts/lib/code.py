@@ -11,10 +11,8 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent.parent
 # Modules that cannot change an artifact's bytes: they talk to the user, keep two runs apart, or carry option values,
 # which a rule's params hold anyway.
-NEUTRAL = frozenset(
-    f"lib/{name}.py"
-    for name in ("__init__", "cli", "config", "console", "errors", "locks", "options", "typed", "usage")
-)
+_TALK = ("__init__", "cli", "config", "console", "errors", "locks", "options", "typed", "usage")
+NEUTRAL = frozenset(f"lib/{name}.py" for name in _TALK)
 
 
 def code_digest(script: str) -> str:
