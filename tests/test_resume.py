@@ -22,6 +22,7 @@ from lib.cli import script_parser
 from lib.errors import ModelmillError
 from lib.options import add_settings
 from lib.training import Places, train_lora
+from lib.training_watch import ONE_SIGNAL
 
 # 24 samples and 6 updates in an epoch: checkpoints lie within epochs and once (12) between two.
 UPDATES, SAVE, EVALUATE = 15, 4, 3
@@ -217,10 +218,23 @@ def test_a_second_signal_stops_at_once(tiny_base: Path, tmp_path: Path) -> None:
     for _ in range(2):
         script.send(signal.SIGTERM)
         script.wait_for(lambda: "once more stops at once" in script.text)
+        time.sleep(ONE_SIGNAL)
     assert script.wait() == 130
     assert "Traceback" not in script.text
     assert stopped.checkpoints == ["checkpoint-4"], "that of the last regular one"
     assert not (stopped.folder / "adapter").exists()
+
+
+def test_signals_that_come_together_are_one(tiny_base: Path, tmp_path: Path) -> None:
+    """As those of Slurm at a time limit do."""
+    stopped = place(tmp_path / "stopped", tiny_base)
+    script = stopped.start_until(6)
+    script.send(signal.SIGTERM)
+    script.wait_for(lambda: "once more stops at once" in script.text)
+    script.send(signal.SIGTERM)
+    (stopped.folder / "go").touch()
+    assert script.wait() == 130
+    assert stopped.checkpoints == ["checkpoint-6"]
 
 
 def test_a_signal_in_the_last_update_loses_nothing(tiny_base: Path, tmp_path: Path, undisturbed: Place) -> None:

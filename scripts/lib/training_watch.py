@@ -15,6 +15,9 @@ from lib.adapter_trainer import AdapterTrainer
 from lib.console import Progress, note, progress, say
 
 GB = 1e9
+# Signals that come within so many seconds are one: at a time limit Slurm sends SIGTERM twice within some 20 ms, itself
+# and through srun, and the second one was seen to cut the checkpoint short.
+ONE_SIGNAL = 2.0
 # History and TensorBoard names of the same figures.
 SCALARS = {
     "loss": "train/loss",
@@ -95,6 +98,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._asked = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -109,8 +113,10 @@ class StopOnSignal(TrainerCallback):
 
     def _stop(self, number: int, _: Any) -> None:
         if self.stopped:
+            if time.monotonic() - self._asked < ONE_SIGNAL:
+                return
             raise KeyboardInterrupt
-        self.stopped = True
+        self.stopped, self._asked = True, time.monotonic()
         say("stopping after this update, with a checkpoint; once more stops at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
