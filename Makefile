@@ -47,8 +47,9 @@ $(VENV)/.runtime: requirements.txt requirements-lock.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c requirements-lock.txt
+$(VENV)/.dev: requirements-dev.txt requirements-slurm.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -r requirements-slurm.txt \
+	  -c requirements-lock.txt
 	@touch $@
 
 lock: $(VENV)/.dev

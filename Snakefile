@@ -30,6 +30,7 @@ include: "rules/modelfile.smk"
 include: "rules/ollama.smk"
 include: "rules/reports.smk"
 include: "rules/wrong_targets.smk"
+include: "rules/cluster.smk"
 
 
 onstart:

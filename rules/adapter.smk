@@ -18,6 +18,8 @@ rule check_data:
     wildcard_constraints:
         model="|".join(TRAINED) or "(?!)",
     priority: 100
+    retries: 0
+    localrule: True
     conda:
         "../envs/train.yaml"
     threads: 1

@@ -373,7 +373,10 @@ def job_name(job):
 def asked_by(job):
     """What a job asks for; `job.resources` is what a limit (`--resources`) leaves of it."""
     declared = {name: job.rule.resources.get(name) for name in RESOURCES}
-    return {name: each.evaluate(job.wildcards, attempt=1).value if each else 0 for name, each in declared.items()}
+    # Whatever an expression of `--set-resources` may refer to.
+    context = {"input": job.input, "attempt": 1, "threads": job.threads, "rulename": job.rule.name}
+    context["async_run"] = workflow.async_run
+    return {name: each.evaluate(job.wildcards, **context).value if each else 0 for name, each in declared.items()}
 
 
 def refuse_clipped_jobs():
@@ -433,6 +436,7 @@ def check_before_start():
     refuse_running_jobs()
     refuse_clipped_jobs()
     refuse_small_machine()
+    refuse_unfit_jobs()
 
 
 def also_check(own):

@@ -15,6 +15,8 @@ rule check_calibration:
     wildcard_constraints:
         model="|".join(CALIBRATED) or "(?!)",
     priority: 100
+    retries: 0
+    localrule: True
     conda:
         "../envs/llama_cpp.yaml"
     threads: 1

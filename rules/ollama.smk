@@ -16,6 +16,8 @@ rule register_model:
         "logs/{model}/register_model.log",
     benchmark:
         "logs/{model}/register_model.jsonl"
+    retries: 0
+    localrule: True
     conda:
         "../envs/llama_cpp.yaml"
     threads: 1

@@ -28,6 +28,8 @@ rule report_training:
         "logs/{model}/report_training.jsonl"
     wildcard_constraints:
         model="|".join(TRAINED) or "(?!)",
+    retries: 0
+    localrule: True
     conda:
         "../envs/train.yaml"
     threads: 1
@@ -107,6 +109,8 @@ rule check_questions:
     wildcard_constraints:
         model="|".join(WITH_QUESTIONS) or "(?!)",
     priority: 100
+    retries: 0
+    localrule: True
     conda:
         "../envs/llama_cpp.yaml"
     threads: 1
@@ -189,6 +193,8 @@ rule check_documents:
     wildcard_constraints:
         model="|".join(WITH_DOCUMENTS) or "(?!)",
     priority: 100
+    retries: 0
+    localrule: True
     conda:
         "../envs/llama_cpp.yaml"
     threads: 1

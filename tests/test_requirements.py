@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 ENVIRONMENTS = sorted(path.name for path in (ROOT / "envs").glob("*.yaml"))
-LISTS = ["requirements.txt", "requirements-dev.txt", "requirements-lock.txt"]
+LISTS = ["requirements.txt", "requirements-dev.txt", "requirements-slurm.txt", "requirements-lock.txt"]
 
 
 def lines_of(name: str) -> list[str]:
@@ -51,7 +51,7 @@ def test_every_pin_is_exact_and_fits_any_index(name: str) -> None:
     assert len({canonicalize_name(line.partition("==")[0]) for line in lines}) == len(lines), "a name twice"
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", LISTS[:-1])
 def test_the_lock_agrees(name: str) -> None:
     lock = pins_of("requirements-lock.txt")
     assert {package: lock.get(package) for package in pins_of(name)} == pins_of(name)
@@ -64,7 +64,7 @@ def test_environments_agree(name: str) -> None:
     assert {package: pinned.get(package) for package in found} == found
 
 
-@pytest.mark.parametrize("name", [*LISTS[:2], *(f"envs/{each}" for each in ENVIRONMENTS)])
+@pytest.mark.parametrize("name", [*LISTS[:-1], *(f"envs/{each}" for each in ENVIRONMENTS)])
 def test_lists_are_sorted(name: str) -> None:
     """So that two lists can be compared by eye."""
     names = [line.partition("==")[0].lower() for line in lines_of(name)]
