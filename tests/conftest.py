@@ -18,7 +18,7 @@ from lib.cli import usable_cores
 from lib.config import schema
 from lib.llama_cpp import TOOLS, LlamaCpp, provide_llama_cpp
 
-pytest_plugins = ["hub_model", "tiny_chain", "tiny_gguf"]
+pytest_plugins = ["hub_model", "slurm_cluster", "tiny_chain", "tiny_gguf"]
 # Before torch is imported: threads that spin while they wait made training 14 times slower on two cores of load 6.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts pytest in the background lets it ignore SIGINT, and so would every program that a test interrupts.
