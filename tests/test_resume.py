@@ -29,7 +29,7 @@ UPDATES, SAVE, EVALUATE = 15, 4, 3
 OPTIONS = [
     *("--method lora --device cpu --threads 2 --precision fp32 --r 4 --lora-alpha 16 --lora-dropout 0.2").split(),
     *("--num-train-epochs 2.5 --per-device-train-batch-size 2 --gradient-accumulation-steps 2").split(),
-    *("--learning-rate 0.1 --load-best-model-at-end").split(),
+    *("--learning-rate 0.02 --load-best-model-at-end").split(),
     *(f"--save-steps {SAVE} --eval-steps {EVALUATE}").split(),
 ]
 FILES = ("adapter_model.safetensors", "adapter_config.json", "MANIFEST.json")
@@ -115,8 +115,8 @@ class Place:
 def place(folder: Path, base: Path) -> Place:
     folder.mkdir(exist_ok=True)
     tiny.write_data(folder / "data.jsonl", repeats=4)
-    # Unlike what is learned, so that it gets worse in the end.
-    answer = {"question": "How many GPUs?", "answer": "Zzyzx, 9 quizzing jukeboxes; why? % & +"}
+    # Of bytes that are in nothing that is learned, so that it gets worse, on any processor.
+    answer = {"question": "How many GPUs?", "answer": "ΩΨΞΔ" * 12}
     (folder / "held.jsonl").write_text(f"{json.dumps(answer)}\n" * 3)
     return Place(folder, base)
 
