@@ -31,6 +31,7 @@ include: "rules/ollama.smk"
 include: "rules/reports.smk"
 include: "rules/wrong_targets.smk"
 include: "rules/cluster.smk"
+include: "rules/before_start.smk"
 
 
 onstart:

@@ -113,15 +113,13 @@ for PASS in direct_passes():
             "../envs/train.yaml"
         threads: 8
         resources:
-            mem_mb=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).mem_mb,
-            disk_mb=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).disk_mb,
-            runtime=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).runtime,
-            gpu=lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants)).gpu,
-            gpu_mem_mb=lambda w, quants=PASS.quants: estimate.direct_needs(
-                spec(w.model), quants_of(w, quants)
-            ).gpu_mem_mb,
+            mem_mb=lambda w, quants=PASS.quants: direct_needs(w, quants).mem_mb,
+            disk_mb=lambda w, quants=PASS.quants: direct_needs(w, quants).disk_mb,
+            runtime=lambda w, quants=PASS.quants: direct_needs(w, quants).runtime,
+            gpu=lambda w, quants=PASS.quants: direct_needs(w, quants).gpu,
+            gpu_mem_mb=lambda w, quants=PASS.quants: direct_needs(w, quants).gpu_mem_mb,
         params:
-            python=on_gpus(lambda w, quants=PASS.quants: estimate.direct_needs(spec(w.model), quants_of(w, quants))),
+            python=on_gpus(lambda w, quants=PASS.quants: direct_needs(w, quants)),
             script=script("build_direct.py"),
             code=code_digest("build_direct.py"),
             base=base_folder,

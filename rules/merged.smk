@@ -18,13 +18,13 @@ rule merge_adapter:
         "../envs/train.yaml"
     threads: 8
     resources:
-        mem_mb=lambda w: estimate.merge_needs(spec(w.model)).mem_mb,
-        disk_mb=lambda w: estimate.merge_needs(spec(w.model)).disk_mb,
-        runtime=lambda w: estimate.merge_needs(spec(w.model)).runtime,
-        gpu=lambda w: estimate.merge_needs(spec(w.model)).gpu,
-        gpu_mem_mb=lambda w: estimate.merge_needs(spec(w.model)).gpu_mem_mb,
+        mem_mb=lambda w: estimate.merge_needs(spec(w.model), THREADS).mem_mb,
+        disk_mb=lambda w: estimate.merge_needs(spec(w.model), THREADS).disk_mb,
+        runtime=lambda w: estimate.merge_needs(spec(w.model), THREADS).runtime,
+        gpu=lambda w: estimate.merge_needs(spec(w.model), THREADS).gpu,
+        gpu_mem_mb=lambda w: estimate.merge_needs(spec(w.model), THREADS).gpu_mem_mb,
     params:
-        python=on_gpus(lambda w: estimate.merge_needs(spec(w.model))),
+        python=on_gpus(lambda w: estimate.merge_needs(spec(w.model), THREADS)),
         script=script("merge_adapter.py"),
         code=code_digest("merge_adapter.py"),
         base=base_folder,

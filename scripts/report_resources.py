@@ -34,7 +34,7 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__, threads=False)
     parser.add_argument(
-        "--config", type=Path, nargs="+", default=[Path("config.yaml")], metavar="FILE", help="what was built"
+        "--config", type=Path, nargs="*", default=[Path("config.yaml")], metavar="FILE", help="what was built"
     )
     parser.add_argument("--changes", type=json_mapping, default={}, metavar="JSON", help="put over what the files say")
     parser.add_argument("--model", required=True, metavar="NAME", help="of config.yaml")

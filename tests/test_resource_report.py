@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from tiny import SHAPE
 
 from lib import estimate
+from lib.cli import usable_cores
 from lib.resource_picture import describe_steps, draw_resources, write_picture, write_size, write_time
 from lib.resource_report import report_resources
 from lib.spec import Project, resolve_project
@@ -66,7 +67,7 @@ def test_figures_are_those_of_benchmark_and_log(project: Project) -> None:
     assert found["merge_adapter"]["measured"] == merge
     assert found["convert_gguf.f16"]["measured"]["mem_mb"] == 24
     assert found["convert_gguf.f16"]["measured"]["gpu_mem_mb"] == [0, 1000]
-    needs = estimate.merge_needs(project.models["m"])
+    needs = estimate.merge_needs(project.models["m"], usable_cores())
     declared = {"mem_mb": needs.mem_mb, "disk_mb": needs.disk_mb, "runtime": needs.runtime, "gpu": 0, "gpu_mem_mb": 0}
     assert found["merge_adapter"]["declared"] == declared
 

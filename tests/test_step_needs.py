@@ -13,6 +13,7 @@ from test_plan import NEEDS
 from tiny import SHAPE
 from tiny_adapter import write_constants
 
+from lib.cli import usable_cores
 from lib.config_file import read_project
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.step_needs import Step, artifacts_of, needs_of, planned_steps, read_step
@@ -60,7 +61,7 @@ def test_needs_are_those_of_the_rules(workplace: Path) -> None:
         log = re.search(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", block)
         asked = dict(each.split("=", 1) for each in re.search(r"\n    resources: (.*)", block)[1].split(", "))
         step = read_step(log[2])
-        needs = needs_of(step, project.models[log[1] or "staged"], project)
+        needs = needs_of(step, project.models[log[1] or "staged"], project, usable_cores())
         assert {name: str(getattr(needs, name)) for name in NEEDS} == {name: asked[name] for name in NEEDS}, log[2]
         seen.add(step.rule)
     assert seen == {

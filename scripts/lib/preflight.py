@@ -90,8 +90,9 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
     ledger = disk_ledger(model, direct=direct, keep_intermediates=keep, registered=True)
     peaks = {entry.step: entry.peak for entry in ledger}
     free = next(iter(machine.disk.values()))
+    threads = machine.cores or estimate.THREADS
     rows = []
-    steps = [*_steps(model, project.hardware, direct=direct), (RUN, _run_needs(model, machine))]
+    steps = [*_steps(model, project.hardware, threads, direct=direct), (RUN, _run_needs(model, machine))]
     for step, needs in steps:
         lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
         lacks += _lacks_software(step, name, model, software) if software else []
@@ -142,7 +143,7 @@ def too_large(jobs: Sequence[PlannedJob], machine: Machine) -> list[str]:
     return lines
 
 
-def _steps(model: Model, hardware: Hardware, *, direct: bool) -> Iterator[tuple[str, Needs]]:
+def _steps(model: Model, hardware: Hardware, threads: int, *, direct: bool) -> Iterator[tuple[str, Needs]]:
     """The steps of a model's default GGUF and Modelfile, and what may follow."""
     quant = model.default_quant
     yield "fetch_base", estimate.fetch_needs(model)
@@ -152,9 +153,9 @@ def _steps(model: Model, hardware: Hardware, *, direct: bool) -> Iterator[tuple[
     elif model.adapter:
         yield "import_adapter", estimate.import_needs(model)
     if direct and quant not in SOURCE_TYPES:
-        yield "build_direct", estimate.direct_needs(model, [quant])
+        yield "build_direct", estimate.direct_needs(model, [quant], threads)
     else:
-        yield "merge_adapter", estimate.merge_needs(model)
+        yield "merge_adapter", estimate.merge_needs(model, threads)
         yield "convert_gguf", estimate.convert_needs(model)
         if quant not in SOURCE_TYPES:
             yield "quantize_gguf", estimate.quantize_needs(model, quant)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.cli import usable_cores
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.spec import Project
 from lib.step_needs import artifacts_of, needs_of, planned_steps, read_step
@@ -45,7 +46,7 @@ def report_resources(name: str, project: Project, folder: Path = Path()) -> dict
     steps = []
     for called in (*ran, *later):
         step = read_step(called)
-        needs = needs_of(step, model, project)
+        needs = needs_of(step, model, project, usable_cores())
         measured = (
             _measure(ran[called], [folder / path for path in artifacts_of(step, name)]) if called in ran else None
         )

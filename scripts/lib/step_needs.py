@@ -39,22 +39,23 @@ def read_step(log: str) -> Step:
     return Step(rule, base, tuple(types))
 
 
-def needs_of(step: Step, model: Model, project: Project) -> Needs | None:
-    """What the rules say that a step needs; None of one that is no rule's."""
+def needs_of(step: Step, model: Model, project: Project, threads: int = estimate.THREADS) -> Needs | None:
+    """What the rules say that a step needs, with so many threads if it is heavy; None of one that is no rule's."""
     if step.rule in SMALL:
         return estimate.small_needs()
     if step.rule in ("smoke_test", "answer_from_documents"):
         return estimate.answer_needs(model, model.default_quant)
     if step.rule == "quantize_gguf":
         return estimate.quantize_needs(model, step.types[0])
+    if step.rule == "merge_adapter":
+        return estimate.merge_needs(model, threads)
     if step.rule == "build_direct":
-        return estimate.direct_needs(model, step.types)
+        return estimate.direct_needs(model, step.types, threads)
     of_project = {"train_adapter": estimate.train_needs, "compute_imatrix": estimate.imatrix_needs}
     of_model = {
         "fetch_base": estimate.fetch_needs,
         "import_adapter": estimate.import_needs,
         "convert_adapter": estimate.convert_adapter_needs,
-        "merge_adapter": estimate.merge_needs,
         "convert_gguf": estimate.convert_needs,
         "render_modelfile": estimate.modelfile_needs,
         "register_model": estimate.register_needs,
