@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from lib.cli import UsageError, run_script, script_parser
+from lib.cli import UsageError, positive, run_script, script_parser
 from lib.clips import BOUNCING, EASY, FLYING, HARD, HIT, NO_BALL, OCCLUDED, Frame, read_clips, write_labels
 from lib.console import progress, say
 
@@ -209,12 +209,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
 def _work(arguments: argparse.Namespace) -> None:
     make_clips(
         output=arguments.output,
@@ -230,9 +224,9 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__, threads=False)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where game1, game2, … are written")
-    parser.add_argument("--games", type=_count, default=4, metavar="N", help="number of games")
-    parser.add_argument("--clips", type=_count, default=2, metavar="N", help="clips of each game")
-    parser.add_argument("--frames", type=_count, default=60, metavar="N", help="frames of each clip")
+    parser.add_argument("--games", type=positive, default=4, metavar="N", help="number of games")
+    parser.add_argument("--clips", type=positive, default=2, metavar="N", help="clips of each game")
+    parser.add_argument("--frames", type=positive, default=60, metavar="N", help="frames of each clip")
     parser.add_argument("--size", type=_size, default=(WIDTH, HEIGHT), metavar="WxH", help="of the frames")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
     run_script(parser, _work)

@@ -45,11 +45,12 @@ def script_parser(description: str | None, *, threads: bool = True) -> argparse.
     )
     parser.add_argument("--log", type=Path, metavar="FILE", help="write plain log lines to this file as well")
     if threads:
-        parser.add_argument("--threads", type=_positive, default=usable_cores(), metavar="N", help="CPU threads")
+        parser.add_argument("--threads", type=positive, default=usable_cores(), metavar="N", help="CPU threads")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
