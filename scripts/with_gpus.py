@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from lib.cli import UsageError, run_script, script_parser
+from lib.cli import UsageError, positive, run_script, script_parser
 from lib.gpu_claims import claim_cards
 from lib.toolchain import cache_folder
 
@@ -23,8 +23,8 @@ def _work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = script_parser(__doc__, threads=False)
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of cards")
-    parser.add_argument("--gpu-mem-mb", type=int, required=True, metavar="MB", help="memory planned on each card")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of cards")
+    parser.add_argument("--gpu-mem-mb", type=positive, required=True, metavar="MB", help="memory planned on each card")
     parser.add_argument("command", nargs="*", metavar="-- PROGRAM", help="what is run, with its arguments")
     run_script(parser, _work)
 
