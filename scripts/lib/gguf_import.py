@@ -126,11 +126,12 @@ def _load_model(*, header: GgufFile, checkpoint: Path, dtype: str) -> tuple[PreT
     from transformers import AutoModelForCausalLM, GgufConfig, __version__
 
     with scratch_folder(checkpoint / ".alone") as folder:
-        alone = folder / "model.gguf"
+        # Transformers looks for a relative file in the folder, and for a relative folder on the Hub.
+        alone = folder.absolute() / "model.gguf"
         alone.symlink_to(header.path.absolute())
         try:
             return AutoModelForCausalLM.from_pretrained(
-                folder,
+                alone.parent,
                 gguf_file=str(alone),
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=getattr(torch, dtype),
