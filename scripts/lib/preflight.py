@@ -11,15 +11,16 @@ from lib import estimate
 from lib.disk_ledger import Entry, disk_ledger
 from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
-from lib.quant_types import SOURCE_TYPES
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.software import Software, architecture_of
 from lib.spec import Hardware, Model, Project
+from lib.step_needs import SMALL, needs_of, planned_steps, read_step
 
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
 CONTEXT = 4096  # Ollama's own num_ctx
 RUN = "ollama run"
 REGISTER = "register_model"
+LLAMA_CPP = "build_llama_cpp"  # once for all models
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
     free = next(iter(machine.disk.values()))
     threads = machine.cores or estimate.THREADS
     rows = []
-    steps = [*_steps(model, project.hardware, threads, direct=direct), (RUN, _run_needs(model, machine))]
+    steps = [*_steps(model, project, threads, direct=direct), (RUN, _run_needs(model, machine))]
     for step, needs in steps:
         lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
         lacks += _lacks_software(step, name, model, software) if software else []
@@ -143,24 +144,13 @@ def too_large(jobs: Sequence[PlannedJob], machine: Machine) -> list[str]:
     return lines
 
 
-def _steps(model: Model, hardware: Hardware, threads: int, *, direct: bool) -> Iterator[tuple[str, Needs]]:
-    """The steps of a model's default GGUF and Modelfile, and what may follow."""
-    quant = model.default_quant
-    yield "fetch_base", estimate.fetch_needs(model)
-    yield "check_base", estimate.check_base_needs()
-    if model.adapter and model.adapter.train:
-        yield "train_adapter", estimate.train_needs(model, hardware)
-    elif model.adapter:
-        yield "import_adapter", estimate.import_needs(model)
-    if direct and quant not in SOURCE_TYPES:
-        yield "build_direct", estimate.direct_needs(model, [quant], threads)
-    else:
-        yield "merge_adapter", estimate.merge_needs(model, threads)
-        yield "convert_gguf", estimate.convert_needs(model)
-        if quant not in SOURCE_TYPES:
-            yield "quantize_gguf", estimate.quantize_needs(model, quant)
-    yield "render_modelfile", estimate.modelfile_needs(model)
-    yield REGISTER, estimate.register_needs(model)
+def _steps(model: Model, project: Project, threads: int, *, direct: bool) -> Iterator[tuple[str, Needs]]:
+    """The steps of a model's default GGUF and Modelfile that need more than little, and registering it."""
+    for planned in (*planned_steps(model, direct=direct), REGISTER):
+        step = read_step(planned)
+        needs = needs_of(step, model, project, threads)
+        if needs and step.rule not in (*SMALL, LLAMA_CPP):
+            yield step.rule, needs
 
 
 def _run_needs(model: Model, machine: Machine) -> Needs:
