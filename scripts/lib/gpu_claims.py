@@ -9,14 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from lib.console import say
 from lib.errors import ModelmillError
+from lib.locks import in_turn
 from lib.machine import Card, used_by_programs, visible_cards
 
 POLL_SECONDS = 2.0
@@ -41,10 +40,9 @@ def claim_cards(count: int, memory: int, *, folder: Path) -> list[str]:
     Raises:
         CardsError: what other programs use leaves too little, so that waiting for our own jobs would not help.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     waited = False
     while True:
-        with _locked(folder / "lock"):
+        with in_turn(folder / "lock"):
             cards = visible_cards()
             if not cards:
                 return []
@@ -74,13 +72,6 @@ def _describe(free: dict[Card, int], planned: dict[str, dict[int, int]]) -> str:
         + "".join(f" (job {job} has {size / 1e9:.1f} GB)" for job, size in planned[card.uuid].items())
         for card, left in free.items()
     )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _claims(folder: Path, card: Card) -> dict[int, int]:

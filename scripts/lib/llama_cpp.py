@@ -9,14 +9,12 @@ cache's key holds the source, the flags, the compiler and the CPU's features.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +23,7 @@ from lib.config import schema
 from lib.console import progress, say
 from lib.errors import ModelmillError
 from lib.jsonfile import digest_json
+from lib.locks import in_turn
 from lib.package_index import fetch_package
 from lib.process import run_program
 from lib.toolchain import cache_folder, cpu_features, describe_compiler
@@ -94,7 +93,7 @@ def provide_llama_cpp(
     flags = _all_flags(commit, cmake_flags)
     home = _home(sha256, flags)
     if not _is_complete(home, tools):
-        with _locked(home):
+        with in_turn(home / "lock", waiting="llama.cpp is being built by another process; waiting for it"):
             if not (home / "source").is_dir():
                 _unpack_source(version=version, sha256=sha256, home=home)
             if tools:
@@ -141,18 +140,6 @@ def use_llama_cpp(path: Path) -> LlamaCpp:
 
 def _is_complete(home: Path, tools: Sequence[str]) -> bool:
     return (home / "source").is_dir() and all((home / f"{tool}.built").is_file() for tool in tools)
-
-
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("llama.cpp is being built by another process; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _unpack_source(*, version: str, sha256: str, home: Path) -> None:

@@ -1,5 +1,6 @@
 """
-One writer at a time: a lock file beside each output, held until its writer has ended.
+One writer at a time: a lock file beside each output, held until its writer has ended; a second one is refused. What all
+runs of a machine share (a cache) they use in turn.
 
 A job whose Snakemake was killed goes on writing; a second one must not write beside it. The programs that a script runs
 hold its locks too (`held_locks`), since those go on when the script itself is killed.
@@ -45,6 +46,25 @@ def only_writer(*outputs: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for output in outputs:
             stack.enter_context(_only_writer(output))
+        yield
+
+
+@contextmanager
+def in_turn(path: Path, *, waiting: str | None = None) -> Iterator[None]:
+    """
+    Hold a lock file until the block ends, after whoever has it.
+
+    Args:
+        waiting: what to say where it is held at first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                say(waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
