@@ -81,8 +81,8 @@ def check_figures(project: Path) -> None:
         measured = steps[name]["measured"]
         assert measured["seconds"] == record["s"] >= usage.seconds - 0.1
         assert measured["mem_mb"] == pytest.approx(max(sampled, usage.ram / 1e6), abs=0.1)
-        # What the step saw of itself is no less than Snakemake's samples, but for the shell around it.
-        assert usage.ram / 1e6 >= sampled - 10 or record["s"] < 5
+        # Both look now and then, and either may miss a program that ends between two looks.
+        assert usage.ram / 1e6 >= 0.8 * sampled or record["s"] < 5
         assert 0 < measured["mem_mb"] < steps[name]["declared"]["mem_mb"]
     for name, size in report["artifacts"].items():
         listed = subprocess.run(["du", "-sb", "--apparent-size", name], cwd=project, capture_output=True, text=True)
