@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib.heatmap_model import HeatmapError, HeatmapModel, InputPlan
-from lib.heatmap_settings import Heatmap, Peaks
+from lib.heatmap_settings import Heatmap
 from lib.jsonfile import read_json, write_json
 from lib.typed import build, plain
 
@@ -26,10 +26,9 @@ UNUSED = ("_name_or_path", "transformers_version", "architectures", "dtype", "to
 
 @dataclass(frozen=True)
 class HeatmapConfig:
-    """What a folder's config.json says: the model, its backbone's config of transformers, input and output."""
+    """What a folder's config.json says: the model, its backbone's config of transformers, and its input."""
 
     heatmap: Heatmap
-    peaks: Peaks
     input: InputPlan
     backbone: Mapping[str, Any]
 
@@ -62,7 +61,6 @@ def read_heatmap_config(folder: Path) -> HeatmapConfig:
         said = read_json(folder / CONFIG)
         return HeatmapConfig(
             heatmap=build(Heatmap, said["heatmap"]),
-            peaks=build(Peaks, said["peaks"]),
             input=build(InputPlan, said["input"]),
             backbone=said["backbone"],
         )

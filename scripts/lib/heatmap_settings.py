@@ -14,6 +14,7 @@ class Heatmap:
     model: str
     input_size: tuple[int, int]  # width and height, as is the next
     heatmap_size: tuple[int, int]
+    sigma: float  # of the Gaussian that stands for a ball, in pixels of the heatmap
     frames: int
     channels: tuple[int, ...]
     factors: tuple[int, ...]
@@ -24,11 +25,20 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """What a heatmap says: how balls are drawn into it and read from it."""
+class ClipUse:
+    """Which clips are held out, and what is made of frames whose ball cannot be seen."""
 
-    sigma: float
+    eval_games: tuple[str, ...]
+    invisible: str
+    occluded: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When a heatmap counts as a ball, and when that ball is the right one."""
+
     threshold: float
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -46,9 +56,6 @@ class TrainHeatmap:
     device: str
     threads: int
     precision: str
-    eval_games: tuple[str, ...]
-    invisible: str
-    occluded: str
     flip: float
     freeze_backbone_epochs: float
     dataloader_num_workers: int
