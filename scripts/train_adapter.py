@@ -25,7 +25,8 @@ from lib.options import add_settings, settings_from
 from lib.outputs import finished_folder
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
-from lib.training import Places, fix_threads, train_lora
+from lib.training import train_lora
+from lib.training_run import Places, fix_threads
 from lib.typed import build, plain
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")

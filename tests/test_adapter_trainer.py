@@ -12,9 +12,10 @@ import torch
 import training_runs as runs
 from small_disk import small_disk
 
-from lib.adapter_trainer import AdapterTrainer, TrainingError
+from lib.adapter_trainer import AdapterTrainer
 from lib.checkpoints import newest_checkpoint
 from lib.samples import IGNORED, Sample
+from lib.split_trainer import TrainingError
 
 
 def step(base: Path, folder: Path, samples: list[Sample], **train: Any) -> AdapterTrainer:
@@ -130,7 +131,7 @@ def test_no_sample_is_skipped_or_counted_twice(tiny_base: Path, tmp_path: Path) 
 def test_evaluation_is_split_too_and_weighs_tokens_alike(tiny_base: Path, tmp_path: Path) -> None:
     held_out = runs.samples(5, seed=3)
     trained = runs.trainer(tiny_base, tmp_path, runs.settings(per_device_train_batch_size=4), eval_dataset=held_out)
-    alone = [trained._held_out_loss([[sample]]) for sample in held_out]
+    alone = [trained._sum_losses([[sample]]) for sample in held_out]
     tokens = sum(label != IGNORED for sample in held_out for label in sample.labels[1:])
     tried = out_of_memory_above(trained, rows=2)
     assert trained.evaluate()["eval_loss"] == pytest.approx(sum(alone) / tokens, rel=1e-6)

@@ -18,7 +18,8 @@ from lib.config import definition, with_defaults
 from lib.micro_batch import release_memory
 from lib.train_method import resolve_method
 from lib.train_settings import Train
-from lib.training import Places, train_lora, trainer_arguments
+from lib.training import train_lora
+from lib.training_run import Places, trainer_arguments
 from lib.typed import build
 
 pytestmark = [

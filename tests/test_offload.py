@@ -16,13 +16,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import offload
-from lib.adapter_trainer import AdapterTrainer, TrainingError
+from lib.adapter_trainer import AdapterTrainer
 from lib.cli import describe_os_error
 from lib.offload import BlockStreamer, decoder_blocks, stream_beyond
 from lib.samples import pad_batch
+from lib.split_trainer import TrainingError
 from lib.token_loss import TokenLoss
 from lib.train_settings import Train
-from lib.training import Places, train_lora
+from lib.training import train_lora
+from lib.training_run import Places
 
 CPU = torch.device("cpu")
 BLOCKS = 5

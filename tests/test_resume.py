@@ -21,7 +21,8 @@ from lib.checkpoints import newest_checkpoint
 from lib.cli import script_parser
 from lib.errors import ModelmillError
 from lib.options import add_settings
-from lib.training import Places, train_lora
+from lib.training import train_lora
+from lib.training_run import Places
 from lib.training_watch import ONE_SIGNAL
 
 # 24 samples and 6 updates in an epoch: checkpoints lie within epochs and once (12) between two.

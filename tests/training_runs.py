@@ -16,7 +16,7 @@ from lib.config import definition, with_defaults
 from lib.samples import IGNORED, Sample
 from lib.train_method import resolve_method
 from lib.train_settings import Train
-from lib.training import trainer_arguments
+from lib.training_run import trainer_arguments
 from lib.typed import build
 
 

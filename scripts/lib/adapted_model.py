@@ -16,6 +16,7 @@ from lib.base_model import exceeds_cards, load_base, weight_limits
 from lib.config import suggest
 from lib.console import say
 from lib.errors import ModelmillError
+from lib.heatmap_settings import TrainHeatmap
 from lib.locks import LockedError, only_writer, was_left
 from lib.offload import decoder_blocks, stream_beyond
 from lib.outputs import scratch_folder
@@ -44,7 +45,7 @@ def build_model(base: Path, settings: Train, *, gpus: Sequence[float], cleanup: 
         AdapterError: see `attach_adapter`.
     """
     limits = weight_limits(gpus or _installed_gpus(settings), settings.offload.max_memory)
-    if _needs_streaming(base, settings, limits):
+    if weights_beyond(base, settings, limits):
         return _build_streamed(base, settings, limits, cleanup)
     several = len([device for device in limits if device != "cpu"]) > 1
     if settings.device == "cpu":
@@ -113,7 +114,7 @@ def _compiled_forward(block: Any) -> Callable[..., Any]:
     return forward
 
 
-def _needs_streaming(base: Path, settings: Train, limits: Mapping[int | str, int]) -> bool:
+def weights_beyond(base: Path, settings: Train | TrainHeatmap, limits: Mapping[int | str, int]) -> bool:
     """Whether weights are to be kept elsewhere, and there are too many of them for their device."""
     offload = settings.offload
     if settings.device == "cpu":
@@ -129,7 +130,7 @@ def _build_streamed(base: Path, settings: Train, limits: Mapping[int | str, int]
         say("streamed weights need gradient_checkpointing, which is switched on")
     model = load_base(base, settings, device_map={"": "cpu"})
     model = attach_adapter(model, settings, gradient_checkpointing=True, streamed=True)
-    folder = _offload_folder(settings, cleanup) if settings.offload.use_disk_offload else None
+    folder = offload_folder(settings, cleanup) if settings.offload.use_disk_offload else None
     place: int | str = 0 if settings.device == "cuda" else "cpu"
     stream_beyond(model, device=torch.device(place), limit=limits.get(place, 0), folder=folder)
     # So that neither the Trainer nor accelerate moves the whole model to the device.
@@ -145,7 +146,7 @@ def _installed_gpus(settings: Train) -> list[float]:
     return [torch.cuda.get_device_properties(card).total_memory / (1 << 30) for card in cards]
 
 
-def _offload_folder(settings: Train, cleanup: ExitStack) -> Path:
+def offload_folder(settings: Train | TrainHeatmap, cleanup: ExitStack) -> Path:
     """A temporary folder, in `offload_folder` if that is set; those that killed runs left there are removed."""
     parent = Path(settings.offload.offload_folder or gettempdir())
     ours = f"modelmill-offload-{gethostname()}-"
@@ -157,7 +158,9 @@ def _offload_folder(settings: Train, cleanup: ExitStack) -> Path:
     return cleanup.enter_context(scratch_folder(folder))
 
 
-def attach_adapter(model: Any, settings: Train, *, gradient_checkpointing: bool, streamed: bool = False) -> PeftModel:
+def attach_adapter(
+    model: Any, settings: Train | TrainHeatmap, *, gradient_checkpointing: bool, streamed: bool = False
+) -> PeftModel:
     """
     Freeze the base and put LoRA on the named layers, or on every linear layer but the output head.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ PICKLED = "adapter_model.bin"  # what peft wrote before it took to safetensors
 UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters")
 
 
-def write_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
+def write_adapter(model: PeftModel, folder: Path, *, base_name: str, rename: Callable[[str], str] = str) -> None:
     """
     Write adapter_model.safetensors and adapter_config.json.
 
@@ -27,17 +27,20 @@ def write_adapter(model: PeftModel, folder: Path, *, base_name: str) -> None:
         model: the base with its adapter.
         folder: where the files go.
         base_name: see `write_config`.
+        rename: gives the names of tensors and modules that are written, where the installed transformers has others.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     # Not "auto", which asks the Hub whether the vocabulary grew; nothing but the factors is trained.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {rename(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes its file readable to the owner alone.
     os.chmod(folder / WEIGHTS, 0o644)
-    write_config(model.peft_config["default"].to_dict(), folder, base_name=base_name)
+    config = model.peft_config["default"].to_dict()
+    config["target_modules"] = [rename(name) for name in config["target_modules"]]
+    write_config(config, folder, base_name=base_name)
 
 
 def write_config(config: Mapping[str, Any], folder: Path, *, base_name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.four_bit import describe_four_bit
+from lib.heatmap_settings import TrainHeatmap
 from lib.loading import BaseModelError, explain_loading
 from lib.safetensors_file import read_tensors
 from lib.train_settings import Train
@@ -28,7 +29,7 @@ def count_weights(base: Path) -> int:
     return sum(tensor.values for tensor in read_tensors(base).values())
 
 
-def check_device(settings: Train) -> None:
+def check_device(settings: Train | TrainHeatmap) -> None:
     """
     Raises:
         BaseModelError: the device that the settings name is not there, or cannot do what they ask.
@@ -68,7 +69,7 @@ def parse_size(text: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def exceeds_cards(base: Path, settings: Train, limits: Mapping[int | str, int]) -> bool:
+def exceeds_cards(base: Path, settings: Train | TrainHeatmap, limits: Mapping[int | str, int]) -> bool:
     """Whether the weights, as the method holds them, take more than the cards may give to weights."""
     plain = {"fp32": 4, "bf16": 2, "fp16": 2}[settings.precision]
     quantized = BYTES_PER_WEIGHT.get(settings.method, plain)
@@ -80,28 +81,35 @@ def exceeds_cards(base: Path, settings: Train, limits: Mapping[int | str, int]) 
 
 
 def load_base(
-    base: Path, settings: Train, *, device_map: Any, max_memory: Mapping[int | str, int] | None = None
+    base: Path,
+    settings: Train | TrainHeatmap,
+    *,
+    device_map: Any,
+    max_memory: Mapping[int | str, int] | None = None,
+    kind: str = "AutoModelForCausalLM",
 ) -> Any:
     """
     Load the base for training, its linear layers in 4 or 8 bits where the method says so.
 
     Args:
         device_map, max_memory: as transformers' `from_pretrained` takes them.
+        kind: which of transformers' classes loads it.
 
     Raises:
         BaseModelError: transformers cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     quantization = quantization_config(settings)
     if quantization is not None and device_map == {"": "cpu"}:
         # It would leave every module that is on the CPU as it is, and so all of them.
         quantization.llm_int8_enable_fp32_cpu_offload = False
     with explain_loading("weights", base):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = getattr(transformers, kind).from_pretrained(
             base,
-            dtype=getattr(torch, DTYPES[settings.precision]),
+            # Weights that are all trained lose small updates in 16 bits; only their products are computed in these.
+            dtype=torch.float32 if settings.method == "full" else getattr(torch, DTYPES[settings.precision]),
             quantization_config=quantization,
             device_map=device_map,
             max_memory=dict(max_memory) if max_memory else None,
@@ -118,7 +126,7 @@ def load_base(
     return model
 
 
-def quantization_config(settings: Train) -> Any:
+def quantization_config(settings: Train | TrainHeatmap) -> Any:
     """transformers' BitsAndBytesConfig for the method, None where it quantizes nothing."""
     import torch
     from transformers import BitsAndBytesConfig

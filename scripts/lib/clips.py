@@ -8,8 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import ModelmillError
+from lib.jsonfile import digest_json
+from lib.manifest import describe_files
 
 LABELS = "Label.csv"
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate", "status")
@@ -64,6 +67,22 @@ def read_clips(folder: Path) -> list[Clip]:
         more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
         raise ClipError("\n  ".join([f"{folder}:", *problems[:SHOWN_PROBLEMS], *more]))
     return clips
+
+
+def identify_clips(folder: Path, clips: Sequence[Clip], *, threads: int) -> dict[str, Any]:
+    """Name, digest and counts of a data set: every frame and every table counts, and where the folder lies does not."""
+    tables = {frame.path.parent / LABELS for clip in clips for frame in clip.frames}
+    files = [*tables, *(frame.path for clip in clips for frame in clip.frames)]
+    facts = describe_files(folder, [str(path.relative_to(folder)) for path in files], threads=threads)
+    seen = [frame.visibility for clip in clips for frame in clip.frames]
+    return {
+        "name": folder.resolve().name,
+        "digest": digest_json(facts),
+        "games": len({clip.game for clip in clips}),
+        "clips": len(clips),
+        "frames": len(seen),
+        "visibility": {str(kind): seen.count(kind) for kind in (NO_BALL, EASY, HARD, OCCLUDED)},
+    }
 
 
 def write_labels(folder: Path, frames: Sequence[Frame]) -> None:

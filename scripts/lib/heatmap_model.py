@@ -55,7 +55,7 @@ class HeatmapModel(nn.Module):
         super().__init__()
         self.settings = settings
         self.config = backbone.config
-        self.backbone = backbone
+        self.backbone = without_pooler(backbone)
         self.mixer = _mixer(settings.frames) if settings.frames > 1 else None
         self.decoder = _vit_decoder(backbone, settings) if settings.model == VIT else _pyramid(backbone, settings)
         self.head = nn.Conv2d(self.decoder.out_channels, 1, kernel_size=1)
@@ -92,6 +92,13 @@ class HeatmapModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **how: Any) -> None:
         self.backbone.gradient_checkpointing_enable(**how)
+
+
+def without_pooler(backbone: Any) -> Any:
+    """A backbone without the layer that makes one vector of all patches, which some have and no heatmap needs."""
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
+    return backbone
 
 
 def patch_size(config: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest place of a heatmap: x and y in pixels of the frame, 0 being the middle of the first, and its height."""
+    """The highest place of a heatmap: x and y in pixels of the frame, 0 being the middle of the first; its height."""
 
     x: float
     y: float

@@ -11,22 +11,27 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lib.adapter_trainer import AdapterTrainer
 from lib.console import Progress, note, progress, say
+from lib.split_trainer import SplitTrainer
 
 GB = 1e9
 # Signals that come within so many seconds are one: at a time limit Slurm sends SIGTERM twice within some 20 ms, itself
 # and through srun, and the second one was seen to cut the checkpoint short.
 ONE_SIGNAL = 2.0
-# History and TensorBoard names of the same figures.
+# History and TensorBoard names of the same figures; speed is in the trainer's unit.
 SCALARS = {
     "loss": "train/loss",
     "learning_rate": "train/lr",
-    "tokens_per_second": "train/tokens_per_second",
+    "{unit}_per_second": "train/{unit}_per_second",
     "micro_batch_size": "train/micro_batch_size",
     "allocated_gb": "memory/allocated_gb",
     "cached_gb": "memory/cached_gb",
 }
+
+
+def scalars_of(unit: str) -> dict[str, str]:
+    """SCALARS of a run whose speed is counted in tokens, or frames."""
+    return {key.format(unit=unit): name.format(unit=unit) for key, name in SCALARS.items()}
 
 
 class Watcher(TrainerCallback):
@@ -37,7 +42,7 @@ class Watcher(TrainerCallback):
         Args:
             tensorboard: folder of the event files; None writes none.
         """
-        self.trainer: AdapterTrainer
+        self.trainer: SplitTrainer
         self._folder = tensorboard
         self._bar: Progress
         self._shown: Any = None
@@ -66,17 +71,18 @@ class Watcher(TrainerCallback):
             self._last = time.monotonic()  # evaluating is no part of the next update's time
         elif "loss" in logs:
             now = time.monotonic()
-            tokens, seconds = self.trainer.tokens_of_update, max(now - self._last, 1e-9)
+            unit, count = self.trainer.unit, self.trainer.units_of_update
+            seconds = max(now - self._last, 1e-9)
             entry |= {
-                "tokens": tokens,
+                unit: count,
                 "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                f"{unit}_per_second": count / seconds,
                 "micro_batch_size": self.trainer.batcher.size,
                 **used_memory(),
             }
             self._last = now
-            self._write({name: entry[key] for key, name in SCALARS.items()}, state.global_step)
-            remark = f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:.0f} tokens/s"
+            self._write({name: entry[key] for key, name in scalars_of(unit).items()}, state.global_step)
+            remark = f"loss {entry['loss']:.3f}, {count / seconds:.0f} {unit}/s"
             self._bar.advance(remark=remark)
             note(f"step {state.global_step} of {state.max_steps}: {remark}, lr {entry['learning_rate']:.3g}")
 

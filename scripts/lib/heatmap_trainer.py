@@ -1,0 +1,112 @@
+"""Training of a heatmap model: what is lost on a frame, mirrored frames, and a backbone that thaws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lib.frames import HeatmapSample
+from lib.heatmap_folder import HeatmapConfig, normalize
+from lib.heatmap_peaks import draw_targets
+from lib.heatmap_settings import TrainHeatmap
+from lib.micro_batch import MicroBatcher
+from lib.split_trainer import SplitTrainer
+
+# How much more a ball's middle weighs than an empty place: a ball covers but some thousandth of a frame.
+BALL_WEIGHT = 9.0
+# Frames that are read at once while held-out ones are gone through.
+READ_AT_ONCE = 64
+
+
+class HeatmapTrainer(SplitTrainer[HeatmapSample]):
+    """Trains decoder, head and backbone (or its adapter) on HeatmapSamples; every frame weighs the same."""
+
+    unit = "frames"
+
+    def __init__(self, *, settings: TrainHeatmap, config: HeatmapConfig, **shared: Any) -> None:
+        """
+        Args:
+            settings: of the run.
+            config: of the model.
+            shared: arguments of transformers' Trainer.
+        """
+        super().__init__(settings=settings, **shared)
+        self._config = config
+        # Named once: while the backbone is frozen its weights need no gradient, and are trained all the same.
+        self._trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self._statistics = {
+            name: value for name, value in self.model.named_buffers() if name.endswith(("running_mean", "running_var"))
+        }
+        self._thawing = [weight for name, weight in self._trained.items() if name.startswith("backbone.")]
+        self._frozen = False
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that are trained, and what BatchNorm has seen of them, by name."""
+        return {**self._trained, **self._statistics}
+
+    @property
+    def thaw_step(self) -> int:
+        """The update before which the backbone is frozen."""
+        epochs = max(self.args.num_train_epochs, 1e-9)
+        if self.args.max_steps > 0:
+            epochs = self.state.max_steps * self._train_batch_size / len(self.train_dataset)
+        return math.ceil(self.state.max_steps * min(1.0, self._settings.freeze_backbone_epochs / epochs))
+
+    def training_step(self, model: Any, inputs: list[HeatmapSample], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As of SplitTrainer, with the backbone frozen or not, and frames mirrored by the number of the update."""
+        self._freeze(self.state.global_step < self.thaw_step)
+        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.state.global_step)
+        mirrored = torch.rand(len(inputs), generator=generator) < self._settings.flip
+        width = self._config.heatmap.heatmap_size[0]
+        samples = [mirror(each, width) if flip else each for each, flip in zip(inputs, mirrored, strict=True)]
+        return super().training_step(model, samples, num_items_in_batch)
+
+    def _freeze(self, frozen: bool) -> None:
+        if frozen == self._frozen:
+            return
+        for weight in self._thawing:
+            weight.requires_grad_(not frozen)
+        if not frozen:
+            # With the backbone's gradients less fits.
+            self.batcher = MicroBatcher(
+                self._settings.micro_batching, batch_size=self._settings.per_device_train_batch_size
+            )
+        self._frozen = frozen
+
+    def weigh(self, samples: Sequence[HeatmapSample]) -> int:
+        """Frames."""
+        return len(samples)
+
+    def count_units(self, samples: Sequence[HeatmapSample]) -> int:
+        """Frames."""
+        return len(samples)
+
+    def summed_loss(self, part: Sequence[HeatmapSample]) -> torch.Tensor:
+        """Cross entropy of every place, in nats a ball's area; places near a ball weigh more."""
+        pixels = torch.stack([sample.pixels for sample in part]).to(self.args.device, non_blocking=True)
+        points = torch.tensor([sample.point for sample in part], device=self.args.device)
+        heatmap = self._config.heatmap
+        targets = draw_targets(points, heatmap.heatmap_size, heatmap.sigma)
+        logits = self.model(normalize(pixels, self._config))
+        losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return ((1 + BALL_WEIGHT * targets) * losses).sum() / (2 * math.pi * heatmap.sigma**2)
+
+    def held_out_loss(self) -> float:
+        """The mean loss on the held-out frames, which are not in memory all at once."""
+        total = 0.0
+        for start in range(0, len(self.eval_dataset), READ_AT_ONCE):
+            several = range(start, min(start + READ_AT_ONCE, len(self.eval_dataset)))
+            samples = [self.eval_dataset[number] for number in several]
+            total += self.batcher.run(samples, self._sum_losses, undo=lambda: None)
+        return total / len(self.eval_dataset)
+
+
+def mirror(sample: HeatmapSample, width: int) -> HeatmapSample:
+    """A sample with left and right exchanged; `width` is the heatmap's."""
+    x, y = sample.point
+    return HeatmapSample(sample.pixels.flip(-1), (width - 1 - x, y), sample.size)
