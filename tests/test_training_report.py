@@ -46,6 +46,7 @@ def record_of(count: int, *, device: str = "cpu", **changes: Any) -> dict[str, A
         "method_reason": "lora does not fit",
         "device": device,
         "seconds": 125.4,
+        "unit": "tokens",
         "tokens": 12345,
         "samples": {"samples": 90, "tokens": 1, "learned_tokens": 1, "cut_samples": 0, "cut_tokens": 0},
         "peak_gpu_gb": [3.25, 2.5] if device == "cuda" else [],
@@ -130,7 +131,7 @@ def edited(edit: Callable[[dict[str, Any]], Any]) -> str:
 DAMAGED = {
     "half of it": ('{"method": "qlo', ["is no valid JSON"]),
     "a list": ("[]", ["all of it: expected a mapping, found []"]),
-    "nothing in it": ("{}", ["method: expected a text, found nothing", "and 4 more"]),
+    "nothing in it": ("{}", ["method: expected a text, found nothing", "and 5 more"]),
     "no steps": (edited(lambda record: record.update(steps=[])), ["steps: expected at least one"]),
     "steps that are no list": (edited(lambda record: record.update(steps={})), ["steps: expected a list, found {}"]),
     "a step that is no mapping": (
@@ -157,6 +158,10 @@ DAMAGED = {
     "a step kept that never was": (
         edited(lambda record: record.update(kept_step=4)),
         ["kept_step: expected a step up to 3, found 4"],
+    ),
+    "another unit": (
+        edited(lambda record: record.update(unit="words")),
+        ["steps[0].words_per_second: expected a finite number, found nothing"],
     ),
     "kept for another reason": (
         edited(lambda record: record.update(kept="first")),

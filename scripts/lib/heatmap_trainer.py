@@ -11,13 +11,16 @@ from torch.nn import functional
 
 from lib.frames import HeatmapSample
 from lib.heatmap_folder import HeatmapConfig, normalize
-from lib.heatmap_peaks import draw_targets
+from lib.heatmap_peaks import Peak, draw_targets, find_peaks, scale_point
 from lib.heatmap_settings import TrainHeatmap
 from lib.micro_batch import MicroBatcher
+from lib.overlays import draw_overlay
 from lib.split_trainer import SplitTrainer
 
 # How much more a ball's middle weighs than an empty place: a ball covers but some thousandth of a frame.
 BALL_WEIGHT = 9.0
+# Held-out frames that TensorBoard shows after each evaluation, spread over all of them.
+SHOWN_FRAMES = 4
 # Frames that are read at once while held-out ones are gone through.
 READ_AT_ONCE = 64
 
@@ -104,6 +107,29 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
             samples = [self.eval_dataset[number] for number in several]
             total += self.batcher.run(samples, self._sum_losses, undo=lambda: None)
         return total / len(self.eval_dataset)
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Any]:
+        """Some held-out frames with their heatmaps, the ball's place and the predicted one."""
+        if not self.eval_dataset:
+            return {}
+        self.model.eval()
+        numbers = range(0, len(self.eval_dataset), max(1, len(self.eval_dataset) // SHOWN_FRAMES))[:SHOWN_FRAMES]
+        samples = [self.eval_dataset[number] for number in numbers]
+        with self._computing():
+            pixels = torch.stack([sample.pixels for sample in samples]).to(self.args.device)
+            scores = torch.sigmoid(self.model(normalize(pixels, self._config))).cpu()
+        self.model.train()
+        size, own = self._config.heatmap.heatmap_size, (self._config.input.width, self._config.input.height)
+        shown = {}
+        for number, sample, heatmap, peak in zip(numbers, samples, scores, find_peaks(scores).tolist(), strict=True):
+            true = None if math.isnan(sample.point[0]) else scale_point(*sample.point, size, own)
+            predicted = Peak(*scale_point(peak[0], peak[1], size, own), peak[2])
+            frame = sample.pixels[-3:].permute(1, 2, 0).numpy()
+            shown[f"held_out/{number}"] = draw_overlay(
+                frame=frame, heatmap=heatmap.numpy(), true=true, predicted=predicted, caption=None
+            )
+        return shown
 
 
 def mirror(sample: HeatmapSample, width: int) -> HeatmapSample:

@@ -80,6 +80,10 @@ class SplitTrainer(Trainer, Generic[Item]):
         """Samples in the order in which they are computed."""
         return list(samples)
 
+    def pictures(self) -> dict[str, Any]:
+        """What an evaluation shows in TensorBoard, by name: (height, width, 3), uint8."""
+        return {}
+
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The weights that are trained, by name."""

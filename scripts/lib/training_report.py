@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ class Step:
     epoch: float
     loss: float
     learning_rate: float
-    tokens_per_second: float
+    speed: float  # in the run's unit per second; the record says which in the name
     micro_batch_size: int
     allocated_gb: float  # of all GPUs together, as is the next
     cached_gb: float
@@ -58,6 +58,7 @@ class History:
 
     method: str
     device: str
+    unit: str  # tokens or frames
     seconds: float
     peak_gpu_gb: tuple[float, ...]
     kept: str
@@ -82,7 +83,8 @@ def read_history(path: Path) -> tuple[History, dict[str, Any]]:
     except ValueError as error:
         raise TrainingReportError(str(error)) from error
     problems: list[str] = []
-    history = _parse(History, record, "", problems)
+    unit = record.get("unit") if isinstance(record, dict) else None
+    history = _parse(History, record, "", problems, keys={"speed": f"{unit}_per_second"})
     problems = problems or _contradictions(history) or _unwritable(record)
     if problems:
         more = [f"  and {len(problems) - 5} more"] if len(problems) > 5 else []
@@ -96,7 +98,7 @@ def summarize_history(history: History) -> dict[str, Any]:
 
     Returns:
         `first_loss` and `last_loss`, means of up to five steps; `lowest_held_out`, the first of the lowest, None
-        without evaluations; `median_tokens_per_second`; `micro_batch_size_changes`; `seconds`.
+        without evaluations; `median_tokens_per_second`, or frames; `micro_batch_size_changes`; `seconds`.
     """
     losses = [step.loss for step in history.steps]
     lowest = min(history.evaluations, key=lambda each: each.loss, default=None)
@@ -104,7 +106,7 @@ def summarize_history(history: History) -> dict[str, Any]:
         "first_loss": fmean(losses[:5]),
         "last_loss": fmean(losses[-5:]),
         "lowest_held_out": lowest and dataclasses.asdict(lowest),
-        "median_tokens_per_second": median(step.tokens_per_second for step in history.steps),
+        f"median_{history.unit}_per_second": median(step.speed for step in history.steps),
         "micro_batch_size_changes": [
             {"step": after.step, "from": before.micro_batch_size, "to": after.micro_batch_size}
             for before, after in pairwise(history.steps)
@@ -125,7 +127,7 @@ def describe_run(history: History) -> str:
     loss = "loss " + " → ".join(f"{end:.3g}" for end in ends)
     lowest = summary["lowest_held_out"]
     held_out = [f"lowest held-out loss {lowest['loss']:.3g} at step {lowest['step']:,}"] if lowest else []
-    speed = f"{summary['median_tokens_per_second']:,.0f} tokens/s"
+    speed = f"{summary[f'median_{history.unit}_per_second']:,.0f} {history.unit}/s"
     return ", ".join([f"{steps} in {_duration(history.seconds)}", loss, *held_out, speed])
 
 
@@ -212,13 +214,13 @@ def _draw_learning_rate(axes: Axes, history: History) -> None:
 def _draw_speed(axes: Axes, history: History) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    speeds = [step.tokens_per_second for step in history.steps]
+    speeds = [step.speed for step in history.steps]
     # By the median, which shows a sudden change as sudden, and no slow first step.
     _draw_values(axes, history, speeds, label="speed of each step", middle=median)
     _mark_micro_batches(axes, history)
     axes.set_ylim(0, 1.1 * max(speeds) or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.set_ylabel("speed\n(tokens/s)")
+    axes.set_ylabel(f"speed\n({history.unit}/s)")
 
 
 def _draw_memory(axes: Axes, history: History) -> None:
@@ -307,17 +309,18 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _parse(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """Make an object of `kind` from JSON, and add to `problems` what does not fit."""
+def _parse(kind: Any, value: Any, where: str, problems: list[str], *, keys: Mapping[str, str]) -> Any:
+    """Make an object of `kind` from JSON, and add to `problems` what does not fit; `keys` are those of other names."""
     if get_origin(kind) is tuple:
         if isinstance(value, list):
-            return tuple(_parse(get_args(kind)[0], each, f"{where}[{i}]", problems) for i, each in enumerate(value))
+            one = get_args(kind)[0]
+            return tuple(_parse(one, each, f"{where}[{i}]", problems, keys=keys) for i, each in enumerate(value))
     elif dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
-            fields = {
-                name: _parse(hint, value.get(name), f"{where}.{name}".lstrip("."), problems)
-                for name, hint in _hints(kind).items()
-            }
+            fields = {}
+            for name, hint in _hints(kind).items():
+                key = keys.get(name, name)
+                fields[name] = _parse(hint, value.get(key), f"{where}.{key}".lstrip("."), problems, keys=keys)
             return kind(**fields)
     elif type(value) is kind and (kind is not float or math.isfinite(value)):
         return value
@@ -345,6 +348,8 @@ def _contradictions(history: History) -> list[str]:
         found.append("  steps: expected numbers that rise, found one that does not")
     if not 0 <= history.kept_step <= numbers[-1]:
         found.append(f"  kept_step: expected a step up to {numbers[-1]}, found {history.kept_step}")
+    if history.unit not in ("tokens", "frames"):
+        found.append(f"  unit: expected tokens or frames, found {history.unit!r}")
     if history.kept not in ("last", "best"):
         found.append(f"  kept: expected last or best, found {history.kept!r}")
     return found

@@ -67,6 +67,9 @@ class Watcher(TrainerCallback):
         entry = state.log_history[-1]
         if "eval_loss" in logs:
             self._write({"eval/loss": logs["eval_loss"]}, state.global_step)
+            if self._writer is not None:
+                for name, picture in self.trainer.pictures().items():
+                    self._writer.add_image(name, picture, state.global_step, dataformats="HWC")
             say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
             self._last = time.monotonic()  # evaluating is no part of the next update's time
         elif "loss" in logs:
