@@ -165,6 +165,7 @@ def test_a_files_manifest(tmp_path: Path) -> None:
     written = write_file_manifest(path, facts=facts, origin={"type": "f16"})
     assert read_file_manifest(path) == written
     assert written == {"artifact": "gguf", "name": "m.f16.gguf", "origin": {"type": "f16"}, **facts}
+    assert write_file_manifest(path, facts=facts, origin={}, artifact="onnx")["artifact"] == "onnx"
     path.write_bytes(b"GG")
     with pytest.raises(ManifestError, match="2 bytes, expected 4"):
         read_file_manifest(path)

@@ -58,7 +58,7 @@ def read_clips(folder: Path) -> list[Clip]:
     Raises:
         ClipError: there is no clip; or listing bad rows with file and line, missing frames, and frames without a row.
     """
-    tables = sorted(folder.glob(f"game*/Clip*/{LABELS}"), key=lambda path: _by_number(path.parts[-3:]))
+    tables = sorted(folder.glob(f"game*/Clip*/{LABELS}"), key=lambda path: by_number(path.parts[-3:]))
     if not tables:
         raise ClipError(f"{folder} has no game*/Clip*/{LABELS}: name the folder above game1")
     problems: list[str] = []
@@ -158,6 +158,6 @@ def _coordinate(cells: dict[str, str], name: str) -> float:
     return value
 
 
-def _by_number(names: Sequence[str]) -> list[list[tuple[int, str]]]:
+def by_number(names: Sequence[str]) -> list[list[tuple[int, str]]]:
     """So that Clip2 comes before Clip10."""
     return [[(int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)] for name in names]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.heatmap_model import HeatmapError, HeatmapModel, InputPlan
-from lib.heatmap_settings import Heatmap
+from lib.errors import first_line
+from lib.heatmap_model import HeatmapError, HeatmapModel
+from lib.heatmap_settings import Heatmap, InputPlan
 from lib.jsonfile import read_json, write_json
 from lib.typed import build, plain
 
@@ -64,8 +66,15 @@ def read_heatmap_config(folder: Path) -> HeatmapConfig:
             input=build(InputPlan, said["input"]),
             backbone=said["backbone"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HeatmapError(f"{folder} is no heatmap model: its {CONFIG} cannot be used ({error!r})") from error
+    except OSError as error:
+        raise HeatmapError(f"{folder} is no heatmap model: no {CONFIG} can be read there ({error.strerror})") from error
+    except ValueError as error:
+        raise HeatmapError(f"{folder} is no heatmap model: {error}") from error
+    except KeyError as error:
+        kind = f"it is of a model of type {said['model_type']}" if "model_type" in said else "it is not one of ours"
+        raise HeatmapError(f"{folder} is no heatmap model: its {CONFIG} has no {error}; {kind}") from error
+    except (TypeError, AttributeError) as error:
+        raise HeatmapError(f"{folder} is no heatmap model: its {CONFIG} cannot be used ({error})") from error
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -84,15 +93,24 @@ def load_heatmap(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torc
         dtype: of its weights; those of the file are converted.
 
     Raises:
-        HeatmapError: listing tensors that are missing, too many or of another shape.
+        HeatmapError: there is no such model; or listing tensors that are missing, too many or of another shape.
     """
     from transformers import AutoConfig, AutoModel
 
     config = read_heatmap_config(folder)
-    # Not of this folder: only the config of transformers is given, and nothing is fetched.
-    backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
+    try:
+        # Not of this folder: only the config of transformers is given, and nothing is fetched.
+        backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
+    except (ValueError, TypeError) as error:
+        raise HeatmapError(f"{folder / CONFIG}: transformers makes no backbone of it ({first_line(error)})") from error
     model = HeatmapModel(backbone, config.heatmap)
-    put_weights(model, load_file(folder / MERGED), where=folder / MERGED)
+    try:
+        tensors = load_file(folder / MERGED)
+    except FileNotFoundError as error:
+        raise HeatmapError(f"{folder} has no {MERGED}: it is no merged heatmap model") from error
+    except SafetensorError as error:
+        raise HeatmapError(f"{folder / MERGED} is damaged: {first_line(error)}") from error
+    put_weights(model, tensors, where=folder / MERGED)
     return LoadedHeatmap(model.to(device=device, dtype=dtype).eval(), config)
 
 

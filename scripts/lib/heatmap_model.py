@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lib.errors import ModelmillError
-from lib.heatmap_settings import Heatmap
+from lib.heatmap_settings import Heatmap, InputPlan
 
 VIT, FPN = "vit_heatmap", "convnext_fpn_heatmap"
 # Of a group of GroupNorm (Wu and He 2018 found 16 and more channels a group to do).
@@ -24,16 +23,6 @@ FIRST_LOGIT = -4.6
 
 class HeatmapError(ModelmillError):
     """A heatmap model cannot be made as configured, or of such a backbone."""
-
-
-@dataclass(frozen=True)
-class InputPlan:
-    """How a frame becomes the backbone's input: its size, and the mean and deviation of its colours (0 to 1)."""
-
-    width: int
-    height: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class HeatmapModel(nn.Module):

@@ -25,6 +25,16 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
+class InputPlan:
+    """How a frame becomes the backbone's input: its size, and the mean and deviation of its colours (0 to 1)."""
+
+    width: int
+    height: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ClipUse:
     """Which clips are held out, and what is made of frames whose ball cannot be seen."""
 

@@ -117,9 +117,11 @@ def identify_folder(
     return {"digest": described["digest"], "origin": described["origin"]}
 
 
-def write_file_manifest(path: Path, *, facts: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+def write_file_manifest(
+    path: Path, *, facts: dict[str, Any], origin: dict[str, Any], artifact: str = "gguf"
+) -> dict[str, Any]:
     """Write the manifest of one file beside it, as `{name}.json`."""
-    manifest = {"artifact": "gguf", "name": path.name, "origin": origin, **facts}
+    manifest = {"artifact": artifact, "name": path.name, "origin": origin, **facts}
     write_json(file_manifest(path), manifest)
     return manifest
 
