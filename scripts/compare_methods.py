@@ -42,7 +42,7 @@ def compare_methods(
     Raises:
         ProgramError: a method failed; those measured before it are written.
     """
-    report: dict[str, Any] = {"base": base.name, "methods": {}}
+    report: dict[str, Any] = {"base": base.name, "unit": "tokens", "methods": {}}
     for method in methods:
         say(f"training by {method}")
         report["methods"][method] = _measure(base, {**settings, "method": method}, gpus)

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from lib.heatmap_folder import CONFIG, MERGED, HeatmapConfig, describe_backbone, save_weights, write_heatmap_config
+from lib.heatmap_folder import (
+    CONFIG,
+    MERGED,
+    HeatmapConfig,
+    describe_backbone,
+    model_tensors,
+    save_weights,
+    write_heatmap_config,
+)
 from lib.heatmap_model import FPN, VIT, HeatmapModel, plan_input
 from lib.heatmap_settings import Heatmap
 from lib.manifest import describe_files, write_folder_manifest
@@ -74,6 +82,6 @@ def write_into(folder: Path, model: HeatmapModel) -> None:
         backbone=describe_backbone(model.config),
     )
     write_heatmap_config(folder, config)
-    save_weights(model.state_dict(), folder / MERGED)
+    save_weights(model_tensors(model), folder / MERGED)
     files = describe_files(folder, [CONFIG, MERGED], threads=1)
     write_folder_manifest(folder, artifact="merged", files=files, origin={"kind": "random"})

@@ -23,11 +23,6 @@ def pinned_name(name: str) -> str:
     return name
 
 
-def installed_names(names: Iterable[str]) -> dict[str, str]:
-    """The names that the installed transformers uses, by those of the pinned one."""
-    return {pinned_name(name): name for name in names}
-
-
 def known_targets(targets: Sequence[str], modules: Iterable[str]) -> list[str]:
     """
     `target_modules` as the installed transformers calls them: query and q_proj mean the same layer.

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lib.adapted_model import attach_adapter, offload_folder, weights_beyond
-from lib.backbone_names import known_targets, pinned_name
+from lib.backbone_names import known_targets
 from lib.base_model import load_base, weight_limits
 from lib.console import say
-from lib.heatmap_folder import HeatmapConfig, describe_backbone
+from lib.heatmap_folder import HeatmapConfig, describe_backbone, model_tensors
 from lib.heatmap_model import HeatmapModel, plan_input
 from lib.heatmap_settings import Heatmap, TrainHeatmap
 from lib.jsonfile import read_json
@@ -133,11 +133,7 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *, reentrant: b
 
 def trained_weights(built: BuiltHeatmap) -> dict[str, torch.Tensor]:
     """What training changes beside LoRA factors, by the names that a merged model has."""
-    state = built.model.state_dict()
-    names = (name for name in state if not name.startswith("backbone.") or built.adapter is None)
-    frozen = built.adapter is None and not any(weight.requires_grad for weight in built.model.backbone.parameters())
+    whole = built.adapter is None and any(weight.requires_grad for weight in built.model.backbone.parameters())
     return {
-        pinned_name(name): state[name]
-        for name in names
-        if not (name.endswith("num_batches_tracked") or (frozen and name.startswith("backbone.")))
+        name: tensor for name, tensor in model_tensors(built.model).items() if whole or not name.startswith("backbone.")
     }

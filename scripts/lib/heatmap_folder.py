@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib.backbone_names import pinned_name
 from lib.errors import first_line
 from lib.heatmap_model import HeatmapError, HeatmapModel
 from lib.heatmap_settings import Heatmap, InputPlan
@@ -77,6 +78,16 @@ def read_heatmap_config(folder: Path) -> HeatmapConfig:
         raise HeatmapError(f"{folder} is no heatmap model: its {CONFIG} cannot be used ({error})") from error
 
 
+def model_tensors(model: HeatmapModel) -> dict[str, Tensor]:
+    """A model's weights and BatchNorm's statistics, by the names that files have."""
+    # How many batches a BatchNorm saw decides about nothing, since it has a momentum.
+    return {
+        pinned_name(name): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
 def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors, the same bytes for the same ones."""
     named = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -121,7 +132,7 @@ def put_weights(model: HeatmapModel, tensors: Mapping[str, Tensor], *, where: Pa
     Raises:
         HeatmapError: see `load_heatmap`.
     """
-    expected = model.state_dict()
+    expected = model_tensors(model)
     wrong = [f"  {name}: missing" for name in expected.keys() - tensors.keys()]
     wrong += [f"  {name}: unknown" for name in tensors.keys() - expected.keys()]
     wrong += [
@@ -131,7 +142,9 @@ def put_weights(model: HeatmapModel, tensors: Mapping[str, Tensor], *, where: Pa
     ]
     if wrong:
         raise HeatmapError("\n".join([f"{where} does not fit its config:", *sorted(wrong)]))
-    model.load_state_dict({name: tensors[name] for name in expected})
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
 
 
 def normalize(pixels: Tensor, config: HeatmapConfig) -> Tensor:

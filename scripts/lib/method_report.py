@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.training_report import BLUE, DOTS_PER_INCH, GREEN, ORANGE
+from lib.training_report import BLUE, DOTS_PER_INCH, GREEN, GREY, ORANGE
 
-NAMES = {"lora": "LoRA (bf16)", "int8": "int8", "qlora": "QLoRA (4-bit)"}
-COLOURS = {"lora": BLUE, "int8": ORANGE, "qlora": GREEN}
+NAMES = {"full": "full precision", "lora": "LoRA (bf16)", "int8": "int8", "qlora": "QLoRA (4-bit)"}
+COLOURS = {"full": GREY, "lora": BLUE, "int8": ORANGE, "qlora": GREEN}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of each method: where it stands, as a column's head and as an axis' label, and its decimals."""
+
+    key: str
+    head: str
+    label: str
+    decimals: int
+    drawn: bool = True
+
+
+# By the unit that speed is counted in: language models, and heatmap models.
+MEASURES = {
+    "tokens": (
+        Measure("tokens_per_second", "tokens/s", "tokens per second", 0),
+        Measure("last_loss", "loss", "", 4, drawn=False),
+        Measure("held_out_loss", "held out", "held-out loss (nats per token)", 4),
+    ),
+    "frames": (
+        Measure("frames_per_second", "frames/s", "frames per second, in training", 1),
+        Measure("held_out_loss", "held out", "", 3, drawn=False),
+        Measure("f1", "F1", "F1 at 5 pixels, held-out clips", 3),
+        Measure("mean_error", "error px", "mean error (pixels of 1280×720)", 2),
+    ),
+}
 
 
 def memory_of(figures: dict[str, Any]) -> tuple[str, float]:
@@ -20,26 +48,30 @@ def memory_of(figures: dict[str, Any]) -> tuple[str, float]:
 
 def describe_methods(report: dict[str, Any]) -> str:
     """A table for the terminal, a line per method."""
-    lines = [f"{'method':<14} {'memory GB':>10} {'tokens/s':>10} {'loss':>8} {'held out':>9}"]
+    measures = MEASURES[report["unit"]]
+    lines = [f"{'method':<14} {'memory GB':>10} " + " ".join(f"{each.head:>10}" for each in measures)]
     for method, figures in report["methods"].items():
-        lines.append(
-            f"{NAMES[method]:<14} {memory_of(figures)[1]:>10.2f} {figures['tokens_per_second']:>10.0f} "
-            f"{figures['last_loss']:>8.4f} {figures['held_out_loss']:>9.4f}"
-        )
+        cells = " ".join(f"{_shown(figures[each.key], each.decimals):>10}" for each in measures)
+        lines.append(f"{NAMES[method]:<14} {memory_of(figures)[1]:>10.2f} {cells}")
     return "\n".join(lines)
 
 
+def _shown(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
 def draw_methods(report: dict[str, Any], picture: Path) -> None:
-    """Draw memory, speed and held-out loss as bars; the same report gives the same bytes."""
+    """Draw memory, speed and what was learned as bars; the same report gives the same bytes."""
     from matplotlib.figure import Figure
 
     methods = report["methods"]
-    panels = [
-        (memory_of(next(iter(methods.values())))[0], [memory_of(each)[1] for each in methods.values()]),
-        ("tokens per second", [each["tokens_per_second"] for each in methods.values()]),
-        ("held-out loss (nats per token)", [each["held_out_loss"] for each in methods.values()]),
+    panels = [(memory_of(next(iter(methods.values())))[0], [memory_of(each)[1] for each in methods.values()])]
+    panels += [
+        (measure.label, [figures[measure.key] or 0.0 for figures in methods.values()])
+        for measure in MEASURES[report["unit"]]
+        if measure.drawn
     ]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(panels), 4), layout="constrained")
     figure.suptitle(f"Training methods on {report['base']}, the same steps")
     names = [NAMES[method].replace(" ", "\n") for method in methods]
     for axes, (label, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
