@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what train_heatmap.py wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the merged model")
-    add_setting(parser, "heatmap_merge", "dtype")
+    add_setting(parser, "merge_heatmap", "dtype")
     run_script(parser, _work)
 
 

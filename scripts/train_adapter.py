@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from lib.adapter_folder import CONFIG, WEIGHTS, write_adapter
 from lib.base_model import count_weights
 from lib.checkpoint import checkpoint_files
 from lib.checkpoints import run_folder
-from lib.cli import UsageError, run_script, script_parser, usable_cores
+from lib.cli import UsageError, planned_cards, run_script, script_parser, usable_cores
 from lib.code import code_digest
 from lib.console import say
 from lib.jsonfile import write_json
@@ -98,19 +97,8 @@ def _origin(base: Path, base_manifest: Path | None, settings: Train) -> dict[str
     return origin
 
 
-def _cards(text: str) -> list[float]:
-    """GiB of each card, from a list like "24,24"."""
-    try:
-        cards = [float(size) for size in text.split(",") if size]
-    except ValueError:
-        cards = [math.nan]
-    if not all(0 < size < math.inf for size in cards):
-        raise UsageError(f"--gpus: expected GiB of each card, as in 24,24; found {text!r}")
-    return cards
-
-
 def _work(arguments: argparse.Namespace) -> None:
-    settings, gpus = settings_from(arguments, "train"), _cards(arguments.gpus)
+    settings, gpus = settings_from(arguments, "train"), planned_cards(arguments.gpus)
     try:
         resolve_method(settings, parameters=count_weights(arguments.base), gpus=gpus)
     except MethodError as error:

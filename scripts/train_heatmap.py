@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,17 +16,19 @@ from lib.adapter_folder import write_adapter
 from lib.backbone_names import pinned_name
 from lib.checkpoint import checkpoint_files
 from lib.checkpoints import run_folder
-from lib.cli import usable_cores
+from lib.cli import UsageError, planned_cards, run_script, script_parser, usable_cores
 from lib.clips import identify_clips, read_clips
 from lib.code import code_digest
 from lib.console import say
 from lib.heatmap_settings import ClipUse, Heatmap, TrainHeatmap
-from lib.jsonfile import write_json
+from lib.jsonfile import read_json, write_json
 from lib.locks import only_writer
 from lib.manifest import describe_files, identify_folder, write_folder_manifest
+from lib.options import add_settings, settings_from
 from lib.outputs import finished_folder
+from lib.train_method import MethodError, resolve_heatmap_method
 from lib.training_run import Places, fix_threads
-from lib.typed import plain
+from lib.typed import build, plain
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "pillow")
 
@@ -98,3 +101,48 @@ def train_heatmap(
         checkpoints.rmdir()
     say(f"trained weights written to {output}")
     return manifest
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    gpus = planned_cards(arguments.gpus)
+    train = settings_from(arguments, "train_heatmap")
+    try:
+        resolve_heatmap_method(train, gpus=gpus)
+    except MethodError as error:
+        raise UsageError(str(error)) from error
+    train_heatmap(
+        base=arguments.base,
+        base_manifest=arguments.base_manifest,
+        clips=arguments.clips,
+        clips_identity=read_json(arguments.clips_identity) if arguments.clips_identity else None,
+        heatmap=build(Heatmap, settings_from(arguments, "heatmap")),
+        use=build(ClipUse, settings_from(arguments, "clips")),
+        train=build(TrainHeatmap, train),
+        gpus=gpus,
+        checkpoints=arguments.checkpoints or arguments.output.with_name(f".{arguments.output.name}.checkpoints"),
+        tensorboard=arguments.tensorboard,
+        history=arguments.history,
+        output=arguments.output,
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__, threads=False)
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the backbone's checkpoint")
+    parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
+    parser.add_argument("--clips", type=Path, required=True, metavar="DIR", help="games in TrackNet's layout")
+    parser.add_argument("--clips-identity", type=Path, metavar="FILE", help="what check_clips.py wrote of them")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of what is learned")
+    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU; the first is used")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="folder of checkpoints (beside the output)")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder of TensorBoard's event files")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="JSON file of the run's figures")
+    for section in ("heatmap", "train_heatmap"):
+        add_settings(parser, section)
+    add_settings(parser, "clips", without=("path", "synthetic"))
+    run_script(parser, _work)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -54,6 +55,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def planned_cards(text: str) -> list[float]:
+    """GiB of each card, from a list like "24,24"."""
+    try:
+        cards = [float(size) for size in text.split(",") if size]
+    except ValueError:
+        cards = [math.nan]
+    if not all(0 < size < math.inf for size in cards):
+        raise UsageError(f"--gpus: expected GiB of each card, as in 24,24; found {text!r}")
+    return cards
 
 
 def _output(arguments: argparse.Namespace) -> list[Path]:
