@@ -18,7 +18,7 @@ SAMPLES = list(range(10))
 
 def batcher(*, batch_size: int = 8, **settings: Any) -> MicroBatcher:
     filled = with_defaults(settings, definition("micro_batching"))
-    return MicroBatcher(build(MicroBatching, filled), batch_size=batch_size)
+    return MicroBatcher(build(MicroBatching, filled), batch_size=batch_size, length="max_length")
 
 
 class Machine:

@@ -16,7 +16,7 @@ from lib.train_settings import Train
 class AdapterTrainer(SplitTrainer[Sample]):
     """Trains a model's trainable weights on Samples; every token weighs the same, in whichever sample it stands."""
 
-    unit = "tokens"
+    unit, length = "tokens", "max_length"
 
     def __init__(self, *, settings: Train, pad: int, **shared: Any) -> None:
         """

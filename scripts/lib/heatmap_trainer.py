@@ -13,7 +13,6 @@ from lib.frames import HeatmapSample
 from lib.heatmap_folder import HeatmapConfig, normalize
 from lib.heatmap_peaks import Peak, draw_targets, find_peaks, scale_point
 from lib.heatmap_settings import TrainHeatmap
-from lib.micro_batch import MicroBatcher
 from lib.overlays import draw_overlay
 from lib.split_trainer import SplitTrainer
 
@@ -28,7 +27,7 @@ READ_AT_ONCE = 64
 class HeatmapTrainer(SplitTrainer[HeatmapSample]):
     """Trains decoder, head and backbone (or its adapter) on HeatmapSamples; every frame weighs the same."""
 
-    unit = "frames"
+    unit, length = "frames", "heatmap.input_size"
 
     def __init__(self, *, settings: TrainHeatmap, config: HeatmapConfig, **shared: Any) -> None:
         """
@@ -75,10 +74,7 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         for weight in self._thawing:
             weight.requires_grad_(not frozen)
         if not frozen:
-            # With the backbone's gradients less fits.
-            self.batcher = MicroBatcher(
-                self._settings.micro_batching, batch_size=self._settings.per_device_train_batch_size
-            )
+            self.search_micro_batch()  # with the backbone's gradients less fits
         self._frozen = frozen
 
     def weigh(self, samples: Sequence[HeatmapSample]) -> int:

@@ -34,13 +34,14 @@ class OutOfMemoryError(ModelmillError):
 class MicroBatcher:
     """The size of the parts in which batches are computed: as large as fits, kept for the batches to come."""
 
-    def __init__(self, settings: MicroBatching, *, batch_size: int) -> None:
+    def __init__(self, settings: MicroBatching, *, batch_size: int, length: str) -> None:
         """
         Args:
             settings: of the splitting.
             batch_size: samples of the first parts tried, if the settings name no `micro_batch_size`.
+            length: the setting that makes a sample smaller, for errors.
         """
-        self._settings = settings
+        self._settings, self._length = settings, length
         self.size = settings.micro_batch_size or batch_size
 
     def run(
@@ -81,9 +82,9 @@ class MicroBatcher:
             remedy = "set micro_batching.adaptive_micro_batch: true, or lower per_device_train_batch_size"
         elif smaller >= tried:
             remedy = (
-                "lower max_length, set gradient_checkpointing: true or offload.use_cpu_offload: true"
+                f"lower {self._length}, set gradient_checkpointing: true or offload.use_cpu_offload: true"
                 if tried == 1
-                else "lower micro_batching.min_micro_batch_size, or max_length"
+                else f"lower micro_batching.min_micro_batch_size, or {self._length}"
             )
         elif last:
             remedy = "raise micro_batching.oom_retries, or lower micro_batching.micro_batch_size"

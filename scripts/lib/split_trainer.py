@@ -47,6 +47,7 @@ class SplitTrainer(Trainer, Generic[Item]):
     """
 
     unit: str  # what speed is counted in, as in "tokens"
+    length: str  # the setting that makes a sample smaller
 
     def __init__(self, *, settings: Train | TrainHeatmap, **shared: Any) -> None:
         """
@@ -58,11 +59,18 @@ class SplitTrainer(Trainer, Generic[Item]):
         self.remove_callback(PrinterCallback)
         self._settings = settings
         self._dtype = getattr(torch, DTYPES[settings.precision])
-        self.batcher = MicroBatcher(settings.micro_batching, batch_size=settings.per_device_train_batch_size)
+        self.search_micro_batch()
         self.loss_scale = FIRST_LOSS_SCALE if settings.precision == "fp16" else 1.0
         self.units_of_update = 0
         self.best: tuple[float, int] | None = None
         self._best_weights: dict[str, torch.Tensor] = {}
+
+    def search_micro_batch(self) -> None:
+        """Begin with as large parts as the settings say, whatever was found to fit before."""
+        asked = self._settings
+        self.batcher: MicroBatcher = MicroBatcher(
+            asked.micro_batching, batch_size=asked.per_device_train_batch_size, length=self.length
+        )
 
     @abstractmethod
     def summed_loss(self, part: Sequence[Item]) -> torch.Tensor:
