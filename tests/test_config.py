@@ -25,6 +25,9 @@ models:
 """
 
 
+BY = ("method", "device")  # what the tables of defaults are by
+
+
 def config(changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """GOOD, with values set at dotted paths; `...` takes a key out."""
     value = yaml.safe_load(GOOD)
@@ -46,7 +49,7 @@ def rules(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str,
     for group in ("properties", "$defs"):
         for name, rule in node.get(group, {}).items():
             yield from rules(rule, f"{path}.{name}")
-    for key in ("items", "additionalProperties"):
+    for key in ("items", "additionalProperties", "then", "else"):
         if isinstance(node.get(key), dict):
             yield from rules(node[key], f"{path}[{key}]")
 
@@ -72,7 +75,13 @@ def test_every_object_refuses_unknown_keys_but_the_maps_by_name() -> None:
     objects = [(path, node) for path, node in rules(schema()) if "object" in node.get("type", ())]
     assert len(objects) > 10
     open_ones = [(path, node) for path, node in objects if node.get("additionalProperties") is not False]
-    assert [path for path, _ in open_ones] == [".models", ".offload.max_memory", ".quantize.tensor_type"]
+    assert sorted({path for path, _ in open_ones}) == [
+        ".heatmap_base.random",  # a config.json of transformers
+        ".heatmap_base.shape",
+        ".models",
+        ".offload.max_memory",
+        ".quantize.tensor_type",
+    ]
     assert all("propertyNames" in node for _, node in open_ones)
 
 
@@ -99,11 +108,11 @@ def test_every_definition_is_used() -> None:
 
 
 def test_defaults_by_method_are_allowed_and_cover_every_method() -> None:
-    tables = [rule for _, rule in rules(schema()) if "x-defaults-by-method" in rule]
-    assert tables
-    for section in tables:
-        table, keys = section["x-defaults-by-method"], section["properties"]
-        assert table.keys() == set(keys["method"]["enum"]) - {"auto"}
+    tables = [(by, rule) for _, rule in rules(schema()) for by in BY if f"x-defaults-by-{by}" in rule]
+    assert len(tables) == 3
+    for by, section in tables:
+        table, keys = section[f"x-defaults-by-{by}"], section["properties"]
+        assert table.keys() == set(keys[by]["enum"]) - {"auto"}
         for settings in table.values():
             for key, value in settings.items():
                 assert "default" not in keys[key], f"{key} has two defaults"
@@ -113,9 +122,9 @@ def test_defaults_by_method_are_allowed_and_cover_every_method() -> None:
 def test_a_key_without_default_is_required_or_optional_by_method() -> None:
     """Otherwise with_defaults would leave a key out that the typed objects need."""
     for path, node in rules(schema()):
-        if path.endswith("parameters") or path in ("", ".model"):
+        if path.endswith(("parameters", "heatmap_base.random", "heatmap_base.shape")) or path in ("", ".model"):
             continue
-        by_method = {key for table in node.get("x-defaults-by-method", {}).values() for key in table}
+        by_method = {key for by in BY for table in node.get(f"x-defaults-by-{by}", {}).values() for key in table}
         for name, rule in node.get("properties", {}).items():
             settled = "default" in referenced(rule) or name in node.get("required", ()) or name in by_method
             assert settled, f"{path}.{name}"

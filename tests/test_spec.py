@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from tiny import SHAPE
 from tiny_adapter import CONFIG, WEIGHTS, write_constants
 
-from lib import estimate, spec, train_settings
+from lib import estimate, heatmap_settings, heatmap_spec, spec, train_settings
 from lib.config import ConfigError, definition, schema
 from lib.spec import Project, Shape, resolve_project
 from lib.tensor_types import TensorTypes
@@ -61,6 +62,14 @@ def problems(**model: Any) -> list[str]:
             (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
             for name in ("train", "lora", "bitsandbytes", "micro_batching", "offload")
         ),
+        *(
+            (getattr(heatmap_spec, "".join(part.capitalize() for part in name.split("_"))), definition(name))
+            for name in ("heatmap_model", "heatmap_base", "clips", "synthetic", "adapter_heatmap", "merge_heatmap")
+        ),
+        (heatmap_settings.Heatmap, definition("heatmap")),
+        (heatmap_settings.TrainHeatmap, definition("train_heatmap")),
+        (heatmap_settings.HeatmapLora, definition("lora_heatmap")),
+        (heatmap_settings.Evaluation, definition("evaluation")),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -79,7 +88,8 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
         for field in dataclasses.fields(kind)
         if not field.metadata.get("setting", True)
     }
-    assert fields == {("Train", "method_reason")}
+    # The heatmap models stand among the others in the file.
+    assert fields == {("Train", "method_reason"), ("Project", "heatmaps")}
 
 
 def test_a_merge_onto_a_4_bit_base_on_a_gpu() -> None:
@@ -93,8 +103,9 @@ def test_a_merge_onto_a_4_bit_base_on_a_gpu() -> None:
 
 def test_every_definition_has_its_class() -> None:
     """So that the test above leaves none out."""
-    classes = {name.lower() for module in (spec, train_settings) for name in vars(module)}
-    assert {name.replace("_", "") for name in schema()["$defs"]} <= classes
+    modules = (spec, train_settings, heatmap_spec, heatmap_settings)
+    classes = {frozenset(re.findall("[A-Z][a-z]+", name)) for module in modules for name in vars(module)}
+    assert {frozenset(part.capitalize() for part in name.split("_")) for name in schema()["$defs"]} <= classes
 
 
 def test_the_shipped_config_resolves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "unknown value": ("m.merge.dtype: fp16", "none of float16, bfloat16, float32; did you mean 'float16'?"),
     "unknown method": ("train.method: dora", "none of auto, lora, qlora, int8; did you mean 'lora'?"),
     "unknown precision": ("train.precision: bfloat16", "none of fp32, bf16, fp16; did you mean 'bf16'?"),
-    "unknown kind": ("m.kind: sound", "'sound' is none of language"),
+    "unknown kind": ("m.kind: sound", "'sound' is none of language, heatmap"),
     "switch without quotes": (
         "train.torch_compile: on",
         f"True is none of auto, on, off; {SWITCH}: write it in quotes",

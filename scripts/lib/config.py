@@ -101,9 +101,16 @@ def find_mistakes(value: Any, rules: dict[str, Any]) -> list[Mistake]:
         for error in sorted(errors, key=lambda e: [str(part) for part in e.path])
         for text in _explain(error)
     ]
+    # Of what family a model is decides which keys it has: where that is not known, nothing else is told of it.
+    unknown = {mistake.path[:2] for mistake in found if _is_kind(mistake.path)}
+    found = [mistake for mistake in found if mistake.path[:2] not in unknown or _is_kind(mistake.path)]
     return found + [
         Mistake(path, problem) for path, leaf in _leaves(value) if (problem := _size_problem(leaf)) is not None
     ]
+
+
+def _is_kind(path: Place) -> bool:
+    return path[:1] == ("models",) and path[2:] == ("kind",)
 
 
 def without_mistakes(config: dict[str, Any], mistakes: list[Mistake]) -> tuple[dict[str, Any], set[Place]]:
@@ -116,6 +123,9 @@ def without_mistakes(config: dict[str, Any], mistakes: list[Mistake]) -> tuple[d
     broken = {mistake.path[: 3 if mistake.path[:1] == ("models",) else 1] for mistake in mistakes}
     sound = copy.deepcopy(config)
     models = sound.get("models")
+    for path in filter(_is_kind, list(broken)):  # no section of such a model can be understood
+        family = follow_reference(schema()["properties"]["models"]["additionalProperties"]["else"])
+        broken |= {(*path[:2], key) for key in [*family["properties"], *models[path[1]]]}
     sound["models"] = (
         {name: model for name, model in models.items() if isinstance(model, dict)} if isinstance(models, dict) else {}
     )
@@ -152,14 +162,15 @@ def with_defaults(value: Any, rules: dict[str, Any] | None = None) -> Any:
 
 
 def fill_by_method(section: str, settings: dict[str, Any]) -> None:
-    """Set the defaults that depend on `method`, from the section's table in the schema, where nothing is set."""
-    for key, value in definition(section).get("x-defaults-by-method", {}).get(settings.get("method"), {}).items():
-        if settings.get(key) is None:
-            settings[key] = value
+    """Set the defaults that depend on `method` or `device`, from the section's tables in the schema, if nothing is."""
+    for by in ("method", "device"):
+        for key, value in definition(section).get(f"x-defaults-by-{by}", {}).get(settings.get(by), {}).items():
+            if settings.get(key) is None:
+                settings[key] = value
 
 
 def _fill(value: Any, rules: dict[str, Any]) -> None:
-    rules = follow_reference(rules)
+    rules = follow_reference(_chosen(rules, value))
     if not isinstance(value, dict):
         return
     for key, rule in rules.get("properties", {}).items():
@@ -174,8 +185,17 @@ def _fill(value: Any, rules: dict[str, Any]) -> None:
             _fill(entry, rules["additionalProperties"])
 
 
+def _chosen(rules: dict[str, Any], value: Any) -> dict[str, Any]:
+    """Where it depends on the value which part of the schema holds, that part."""
+    if "if" not in rules:
+        return rules
+    return rules["then" if jsonschema.Draft202012Validator(rules["if"]).is_valid(value) else "else"]
+
+
 def _as_declared(value: Any, rules: dict[str, Any]) -> Any:
     """16.0 is a whole number to the schema, and 3 a number: one setting has one form."""
+    if isinstance(value, list) and "type" in rules.get("items", {}):
+        return [_as_declared(entry, rules["items"]) for entry in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return int(value) if "integer" in rules["type"] else float(value)
@@ -209,7 +229,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         case "additionalProperties":
             known = sorted(error.schema.get("properties", {}))
             for key in sorted(map(str, found.keys() - set(known))):
-                yield f"unknown key {_shown(key)}{suggest(key, known)}"
+                yield f"unknown key {_shown(key)}{_other_family(key, error.schema) or suggest(key, known)}"
         case "required":
             yield from (f"missing key {key!r}" for key in rule if key not in found)
         case "dependentRequired":
@@ -219,6 +239,8 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         case "minProperties" | "maxProperties":
             one_of = error.schema.get("properties")
             yield f"give exactly one of: {', '.join(one_of)}" if one_of else "give at least one entry"
+        case "minItems" | "maxItems" if "x-form" in error.schema:
+            yield f"{_shown(found)} is not of the form: {error.schema['x-form']}"
         case "minItems":
             yield "is an empty list; give at least one entry"
         case "minLength":
@@ -241,6 +263,15 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
             yield f"has to be {json.dumps(rule)}, found {shown}"
         case _:
             yield error.message
+
+
+def _other_family(key: str, section: dict[str, Any]) -> str:
+    """What is said of a key that the same section of the other family of models has."""
+    if "x-other" not in section or key not in definition(section["x-other"])["properties"]:
+        return ""
+    if section["x-kind"] == "heatmap":
+        return "; language models have it, and this is a heatmap model (kind): take it out"
+    return "; heatmap models have it, and this is a language model: take it out, or set kind: heatmap"
 
 
 def _hint(wanted: list[str], found: Any) -> str:

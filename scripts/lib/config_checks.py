@@ -46,16 +46,21 @@ def check_base(where: str, base: Section) -> Iterator[str]:
     """What is wrong with a base, its shape apart from being known."""
     if base["gguf"] is not None:
         yield from check_file(f"{where}.gguf", base["gguf"])
+    yield from check_origin(where, base)
+    if base["member"] is not None and (os.path.isabs(base["member"]) or ".." in Path(base["member"]).parts):
+        yield f"{where}.member: {base['member']} leads out of the wheel; give the path of the GGUF within it"
+    if base["shape"] is not None:
+        yield from check_shape(f"{where}.shape", base["shape"])
+
+
+def check_origin(where: str, base: Section) -> Iterator[str]:
+    """What is wrong with a folder or a repository that a base of either family is."""
     if base["path"] is not None:
         yield from check_folder(f"{where}.path", base["path"])
         if os.path.isdir(base["path"]):
             yield from check_file(f"{where}.path", os.path.join(base["path"], "config.json"))
     if base["hub"] is not None and base["revision"] is None:
         yield f"{where}.revision: is empty; name a commit, a tag or a branch, as in main"
-    if base["member"] is not None and (os.path.isabs(base["member"]) or ".." in Path(base["member"]).parts):
-        yield f"{where}.member: {base['member']} leads out of the wheel; give the path of the GGUF within it"
-    if base["shape"] is not None:
-        yield from check_shape(f"{where}.shape", base["shape"])
 
 
 def check_shape(where: str, shape: Section) -> Iterator[str]:
@@ -72,6 +77,11 @@ def check_training(where: str, train: Section) -> Iterator[str]:
     for key in ("data", "eval_data"):
         if train[key] is not None:
             yield from check_file(f"{where}.{key}", train[key])
+    yield from check_micro_batching(where, train)
+
+
+def check_micro_batching(where: str, train: Section) -> Iterator[str]:
+    """Sizes of the parts that a batch is split into."""
     splitting = train["micro_batching"]
     first = splitting["micro_batch_size"] or train["per_device_train_batch_size"]
     if splitting["min_micro_batch_size"] > first:

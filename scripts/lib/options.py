@@ -62,7 +62,8 @@ def add_settings(parser: argparse.ArgumentParser, section: str, *, without: tupl
             nested = rule["$ref"].rpartition("/")[2]
             add_settings(parser.add_argument_group(nested, definition(nested)["description"]), nested)
         else:
-            _add_setting(parser, name, rule, required=name in definition(section).get("required", ()))
+            option = rule.get("x-option", name)
+            _add_setting(parser, option, rule, required=name in definition(section).get("required", ()))
 
 
 def add_setting(parser: Any, section: str, name: str, *, required: bool = False) -> None:
@@ -83,7 +84,10 @@ def _add_setting(parser: Any, name: str, rule: dict[str, Any], *, required: bool
         return
     shared["action"] = _WithinLimits
     if kind == "array":
-        parser.add_argument(option_name(name), nargs="*", metavar="NAME", **shared)
+        of = rule["items"]["type"]
+        parser.add_argument(
+            option_name(name), nargs="*", type=TYPES[of], metavar="NAME" if of == "string" else of.upper(), **shared
+        )
     elif "enum" in rule:
         choices = [value for value in rule["enum"] if value is not None]
         parser.add_argument(option_name(name), choices=choices, **shared)
@@ -126,7 +130,7 @@ def settings_from(arguments: argparse.Namespace, section: str) -> dict[str, Any]
         if "$ref" in rule:
             settings[name] = settings_from(arguments, rule["$ref"].rpartition("/")[2])
         else:
-            settings[name] = getattr(arguments, name, None)
+            settings[name] = getattr(arguments, rule.get("x-option", name), None)
     fill_by_method(section, settings)
     return settings
 
@@ -139,7 +143,7 @@ def as_options(section: Any) -> str:
 def option_words(section: Any) -> Iterator[str]:
     """A resolved section of the config as command-line options, word by word."""
     for field in dataclasses.fields(section):
-        name, value = field.name, getattr(section, field.name)
+        name, value = field.metadata.get("option", field.name), getattr(section, field.name)
         if not field.metadata.get("setting", True):
             continue
         if dataclasses.is_dataclass(value):

@@ -25,6 +25,7 @@ from lib.config_checks import (
     check_sections,
     check_sources,
 )
+from lib.heatmap_spec import HeatmapModel, resolve_heatmap
 from lib.jsonfile import read_json
 from lib.quant_types import IGNORE_IMATRIX, source_type
 from lib.tensor_types import TensorTypes
@@ -214,7 +215,13 @@ class Project:
     keep_intermediates: bool
     force: bool
     llama_cpp: LlamaCpp
-    models: Mapping[str, Model]
+    models: Mapping[str, Model]  # those of language
+    heatmaps: Mapping[str, HeatmapModel] = field(default_factory=dict, metadata={"setting": False})
+
+    @property
+    def names(self) -> list[str]:
+        """Of every model, of either kind."""
+        return [*self.models, *self.heatmaps]
 
 
 def resolve_project(config: Mapping[str, Any], *, known: Iterable[str] = ()) -> Project:
@@ -234,7 +241,13 @@ def resolve_project(config: Mapping[str, Any], *, known: Iterable[str] = ()) -> 
     problems = [*known, *map(str, mistakes), *_resolve(sound, plain, broken)]
     if problems:
         raise config_error(list(dict.fromkeys(problems)))
-    return build(Project, sound)
+    heatmaps = {name: model for name, model in sound["models"].items() if _is_heatmap(model)}
+    languages = {name: model for name, model in sound["models"].items() if name not in heatmaps}
+    return build(Project, {**sound, "models": languages, "heatmaps": heatmaps})
+
+
+def _is_heatmap(model: dict[str, Any]) -> bool:
+    return model.get("kind") == "heatmap"
 
 
 def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[Place]) -> Iterator[str]:
@@ -246,14 +259,18 @@ def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[P
         plain: as it was written.
         broken: what these sections are.
     """
-    models, hardware = config["models"], config.get("hardware")
+    hardware = config.get("hardware")
+    models = {name: model for name, model in config["models"].items() if not _is_heatmap(model)}
     if (config.get("llama_cpp") or {}).get("path"):
         yield from check_folder("llama_cpp.path", config["llama_cpp"]["path"])
     copies = [Path("adapters", name) for name, model in models.items() if _is_imported(model.get("adapter"))]
-    for name, model in models.items():
+    for name, model in config["models"].items():
         where = f"models.{name}"
         # A key that is none may be a section by another name, and what it says with others is not known then.
         together = model if {(), ("models", name)}.isdisjoint(broken) and hardware else {}
+        if _is_heatmap(model):
+            yield from resolve_heatmap(where, model, hardware if together else None)
+            continue
         if "base" in model:
             yield from _resolve_base(f"{where}.base", model["base"])
         yield from _refuse_empty(f"{where}.adapter", model.get("adapter") and plain["models"][name].get("adapter"))
@@ -266,7 +283,7 @@ def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[P
             yield from check_merge(f"{where}.merge", model, hardware)
         if {"quantize", "base"} <= together.keys():
             yield from check_path(f"{where}.quantize", model)
-    yield from check_sources(models)
+    yield from check_sources(config["models"])
     yield from check_names(models)
 
 

@@ -32,16 +32,46 @@ def resolve_method(train: dict[str, Any], *, parameters: int, gpus: Sequence[flo
             needed and not named; a line for each.
     """
     problems = list(_held_out_problems(train))
-    if train["device"] == "auto":
-        train["device"] = "cuda" if gpus else "cpu"
-    if all(train["quantization"][flag] for flag in FLAGS.values()):
-        problems.append("quantization: load_in_4bit and load_in_8bit are both true; take one")
-    else:
+    _settle_device(train, gpus)
+    if not (both := list(_both_flags(train))):
         _settle(train, parameters, gpus)
-        problems += _flag_problems(train)
-    if problems:
+        problems += _flag_problems(train, train["method_reason"])
+    if problems := [*problems, *both]:
         raise MethodError("\n".join(problems))
     fill_by_method("train", train)
+
+
+def resolve_heatmap_method(train: dict[str, Any], *, gpus: Sequence[float]) -> None:
+    """
+    Settle the device of a heatmap model's training, and what depends on it and on the method.
+
+    Args:
+        train: the section `train_heatmap` of the config, with every key; changed in place, also where it raises.
+        gpus: see `resolve_method`.
+
+    Raises:
+        MethodError: the method is another than the flags say, or has no use for what they say; a line for each.
+    """
+    _settle_device(train, gpus)
+    fill_by_method("train_heatmap", train)
+    problems = list(_both_flags(train)) or list(_flag_problems(train, "as configured, or the default"))
+    if not train["lora"]["enabled"] and train["method"] != "int8":
+        problems.append(
+            f"lora.enabled: false is for a frozen 8-bit backbone, and method is {train['method']}; take method: int8, "
+            "or leave the adapter on"
+        )
+    if problems:
+        raise MethodError("\n".join(problems))
+
+
+def _settle_device(train: dict[str, Any], gpus: Sequence[float]) -> None:
+    if train["device"] == "auto":
+        train["device"] = "cuda" if gpus else "cpu"
+
+
+def _both_flags(train: dict[str, Any]) -> Iterator[str]:
+    if all(train["quantization"][flag] for flag in FLAGS.values()):
+        yield "quantization: load_in_4bit and load_in_8bit are both true; take one"
 
 
 def _held_out_problems(train: dict[str, Any]) -> Iterator[str]:
@@ -66,12 +96,12 @@ def _settle(train: dict[str, Any], parameters: int, gpus: Sequence[float]) -> No
     train["method"] = asked
 
 
-def _flag_problems(train: dict[str, Any]) -> Iterator[str]:
+def _flag_problems(train: dict[str, Any], reason: str) -> Iterator[str]:
     for method, flag in FLAGS.items():
         said = train["quantization"][flag]
         if said is not None and said != (train["method"] == method):
             yield (
-                f"method is {train['method']} ({train['method_reason']}), but quantization.{flag} is "
+                f"method is {train['method']} ({reason}), but quantization.{flag} is "
                 f"{str(said).lower()}; they have to agree"
             )
 
