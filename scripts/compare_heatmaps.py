@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lib.cli import UsageError, run_script, script_parser
-from lib.config import fill_by_method
+from lib.cli import UsageError, planned_cards, run_script, script_parser
 from lib.console import say
 from lib.heatmap_settings import ClipUse, Evaluation, Heatmap, TrainHeatmap
 from lib.jsonfile import read_json, write_json
 from lib.method_report import describe_methods, draw_methods
 from lib.options import add_settings, option_words, settings_from
 from lib.process import run_program
+from lib.train_method import resolve_heatmap_method
 from lib.typed import build
 
 METHODS = ("full", "lora", "int8", "qlora")
@@ -58,8 +59,8 @@ def compare_heatmaps(
     report: dict[str, Any] = {"base": base.name, "unit": "frames", "methods": {}}
     for method in methods:
         say(f"training by {method}")
-        settings = {**train, "method": method}
-        fill_by_method("train_heatmap", settings)
+        settings = {**copy.deepcopy(train), "method": method}
+        resolve_heatmap_method(settings, gpus=planned_cards(gpus))
         with TemporaryDirectory(prefix="modelmill-compare-") as scratch:
             words = [*option_words(heatmap), *option_words(use), *option_words(build(TrainHeatmap, settings))]
             _train(Path(scratch), base, clips, words, gpus)
@@ -109,8 +110,6 @@ def _work(arguments: argparse.Namespace) -> None:
     if not use.eval_games:
         raise UsageError("--eval-games: name the games whose clips are held out")
     train = settings_from(arguments, "train_heatmap")
-    if train["device"] == "auto":
-        train["device"] = "cuda" if arguments.gpus else "cpu"
     compare_heatmaps(
         base=arguments.base,
         clips=arguments.clips,

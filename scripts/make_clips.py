@@ -111,7 +111,7 @@ def _fly(random: np.random.Generator, frames: int) -> Flight:
     start, far, number = _place(random, far=False), True, 0
     while number < frames:
         end = _place(random, far=far)
-        length = int(random.integers(16, 30))
+        length = int(random.integers(22, 40))
         height = random.uniform(60, 150) if random.random() < 0.75 else random.uniform(500, 900)
         bounce = random.uniform(0.7, 0.85)
         for part in range(length):

@@ -11,9 +11,10 @@ import make_clips
 import train_heatmap
 
 from lib.clips import read_clips
-from lib.config import definition, fill_by_method, with_defaults
+from lib.config import definition, with_defaults
 from lib.heatmap_build import BuiltHeatmap, build_heatmap
 from lib.heatmap_settings import ClipUse, Heatmap, TrainHeatmap
+from lib.train_method import resolve_heatmap_method
 from lib.typed import build
 
 VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
@@ -37,7 +38,7 @@ def settings(method: str = "full", **changes: Any) -> TrainHeatmap:
     short = {"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 0, "eval_steps": 0, "learning_rate": 1e-3}
     section = {"method": method, "device": "cpu", "precision": "fp32", **short, **changes}
     filled = with_defaults(section, definition("train_heatmap"))
-    fill_by_method("train_heatmap", filled)
+    resolve_heatmap_method(filled, gpus=[])
     return build(TrainHeatmap, filled)
 
 

@@ -61,6 +61,8 @@ def build_heatmap(
     streamed = weights_beyond(base, train, limits)
     place: int | str = 0 if train.device == "cuda" else "cpu"
     backbone = load_base(base, train, device_map={"": "cpu" if streamed else place}, kind="AutoModel")
+    if train.method == "int8":
+        flatten_int8_inputs(backbone)
     published = read_json(base / PROCESSOR) if (base / PROCESSOR).is_file() else {}
     config = HeatmapConfig(
         heatmap=heatmap,
@@ -97,6 +99,24 @@ def _attach(backbone: Any, train: TrainHeatmap, *, streamed: bool) -> PeftModel 
     every = sorted({name.rpartition(".")[2] for name in linear if "pooler" not in name})
     lora = replace(train.lora, target_modules=tuple(targets or every))
     return attach_adapter(backbone, replace(train, lora=lora), gradient_checkpointing=False, streamed=streamed)
+
+
+def flatten_int8_inputs(backbone: nn.Module) -> None:
+    """
+    Give LLM.int8 layers the rows that they are made for.
+
+    bitsandbytes 0.50.2 takes inputs of up to three dimensions for rows; of ConvNeXt's four it quantizes along the wrong
+    ones, and fails where these are of unlike length.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    for layer in backbone.modules():
+        if isinstance(layer, Linear8bitLt):
+            layer.forward = partial(_by_rows, layer.forward)
+
+
+def _by_rows(forward: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    return forward(values.reshape(-1, values.shape[-1])).unflatten(0, values.shape[:-1])
 
 
 def checkpoint_blocks(backbone: nn.Module, *, reentrant: bool) -> None:

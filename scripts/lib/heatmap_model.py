@@ -72,7 +72,8 @@ class HeatmapModel(nn.Module):
         if self.settings.model == FPN:
             states = self.backbone(pixels, output_hidden_states=True).hidden_states
             return list(states[-len(self.decoder.widths) :])
-        extra = {"interpolate_pos_encoding": True} if self.config.model_type == "vit" else {}
+        resized = tuple(pixels.shape[-2:]) != _sides(self.config.image_size)
+        extra = {"interpolate_pos_encoding": True} if resized and self.config.model_type == "vit" else {}
         tokens = self.backbone(pixels, **extra).last_hidden_state
         rows, columns = (size // patch_size(self.config) for size in pixels.shape[-2:])
         # The class token and registers come first.
@@ -81,6 +82,11 @@ class HeatmapModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **how: Any) -> None:
         self.backbone.gradient_checkpointing_enable(**how)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width, of a config that may give one number for both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def without_pooler(backbone: Any) -> Any:

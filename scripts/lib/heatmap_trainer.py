@@ -54,10 +54,11 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
     @property
     def thaw_step(self) -> int:
         """The update before which the backbone is frozen."""
-        epochs = max(self.args.num_train_epochs, 1e-9)
-        if self.args.max_steps > 0:
-            epochs = self.state.max_steps * self._train_batch_size / len(self.train_dataset)
-        return math.ceil(self.state.max_steps * min(1.0, self._settings.freeze_backbone_epochs / epochs))
+        asked = self._settings
+        updates = math.ceil(
+            len(self.train_dataset) / (asked.per_device_train_batch_size * asked.gradient_accumulation_steps)
+        )
+        return round(asked.freeze_backbone_epochs * updates)
 
     def training_step(self, model: Any, inputs: list[HeatmapSample], num_items_in_batch: Any = None) -> torch.Tensor:
         """As of SplitTrainer, with the backbone frozen or not, and frames mirrored by the number of the update."""
