@@ -103,6 +103,15 @@ def read_frame(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
         raise ClipError(f"{path}: cannot be read as a picture ({error})") from error
 
 
+def check_ball(frame: Frame, size: tuple[int, int]) -> None:
+    """
+    Raises:
+        ClipError: the ball lies outside of the frame, whose width and height are given.
+    """
+    if frame.ball and not (frame.ball[0] <= size[0] and frame.ball[1] <= size[1]):
+        raise ClipError(f"{frame.path}: the ball is at {frame.ball}, outside of {size[0]}×{size[1]} pixels")
+
+
 class MomentReader:
     """A data set of moments, read when they are asked for."""
 
@@ -133,8 +142,7 @@ class MomentReader:
         pictures = [read_frame(frame.path, self._size) for frame in moment.frames]
         pixels = torch.from_numpy(np.concatenate([picture for picture, _ in pictures], axis=2)).permute(2, 0, 1)
         frame, own = moment.frame, pictures[-1][1]
-        if frame.ball and not (frame.ball[0] <= own[0] and frame.ball[1] <= own[1]):
-            raise ClipError(f"{frame.path}: the ball is at {frame.ball}, outside of {own[0]}×{own[1]} pixels")
+        check_ball(frame, own)
         drawn = frame.ball and (frame.visibility != OCCLUDED or self._occluded == TARGET)
         point = scale_point(*frame.ball, own, self._heatmap) if drawn and frame.ball else (math.nan, math.nan)
         return HeatmapSample(pixels.contiguous(), point, own)
