@@ -108,10 +108,12 @@ def fetch_needs(model: Model) -> Needs:
     """Downloading holds a few blocks; importing a GGUF holds all weights, in float32 and once more."""
     size = weight_bytes(model, "f16")
     if model.base.path:
-        return Needs(mem_mb=_mb(0.2e9), disk_mb=1, runtime=_minutes(size / 500e6))
+        return Needs(mem_mb=in_mb(0.2e9), disk_mb=1, runtime=in_minutes(size / 500e6))
     imported = model.base.gguf or model.base.pypi
     memory = INTERPRETER_BYTES + (4 * size if imported else 0)
-    return Needs(_mb(memory), disk_mb=_mb(1.6 * size if imported else size), runtime=_minutes(size / DOWNLOAD_BYTES))
+    return Needs(
+        in_mb(memory), disk_mb=in_mb(1.6 * size if imported else size), runtime=in_minutes(size / DOWNLOAD_BYTES)
+    )
 
 
 def train_needs(model: Model, hardware: Hardware) -> Needs:
@@ -121,13 +123,13 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
     train, shape = model.adapter.train, shape_of(model)
     if train.device == "cpu":
         memory = PYTHON_BYTES + training_bytes(shape, train)
-        return Needs(mem_mb=_mb(memory), disk_mb=100, runtime=_minutes(7e-4 * shape.parameters**0.8))
+        return Needs(mem_mb=in_mb(memory), disk_mb=100, runtime=in_minutes(7e-4 * shape.parameters**0.8))
     card = min(hardware.gpus, default=24.0) * GIB
     most = max(1, len(hardware.gpus))
     fitting = (n for n in range(1, most + 1) if training_bytes(shape, train, cards=n) <= card - CUDA_BYTES)
     count = next(fitting, most)
-    each = _mb(training_bytes(shape, train, cards=count) + CUDA_BYTES)
-    return Needs(_mb(training_ram(shape, train)), disk_mb=1000, runtime=240, gpu=count, gpu_mem_mb=each)
+    each = in_mb(training_bytes(shape, train, cards=count) + CUDA_BYTES)
+    return Needs(in_mb(training_ram(shape, train)), disk_mb=1000, runtime=240, gpu=count, gpu_mem_mb=each)
 
 
 def training_bytes(shape: Shape, train: Train, *, cards: int = 1) -> float:
@@ -179,7 +181,7 @@ def training_ram(shape: Shape, train: Train) -> float:
 def merge_needs(model: Model, threads: int = THREADS) -> Needs:
     """A few blocks of rows for each thread, and the mapped adapter, whatever the model's size."""
     size = weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16")
-    needs = Needs(mem_mb=0, disk_mb=_mb(size), runtime=_minutes(size / MERGE_BYTES))
+    needs = Needs(mem_mb=0, disk_mb=in_mb(size), runtime=in_minutes(size / MERGE_BYTES))
     shape = shape_of(model)
     block = 14.3 * min(1 << 22, shape.hidden_size * shape.intermediate_size)
     return _streamed(needs, model, threads, block_bytes=block, cuda_bytes=1.45e9)
@@ -189,7 +191,7 @@ def direct_needs(model: Model, quants: Sequence[str], threads: int = THREADS) ->
     """As merging, and the header of the file."""
     seconds = len(quants) * shape_of(model).parameters / (DIRECT_WEIGHTS * THREADS)
     size = sum(weight_bytes(model, quant) + 0.1e9 for quant in quants)
-    needs = Needs(mem_mb=0, disk_mb=_mb(size), runtime=_minutes(seconds))
+    needs = Needs(mem_mb=0, disk_mb=in_mb(size), runtime=in_minutes(seconds))
     return _streamed(needs, model, threads, block_bytes=25e6, cuda_bytes=0.85e9)
 
 
@@ -197,8 +199,8 @@ def _streamed(needs: Needs, model: Model, threads: int, *, block_bytes: float, c
     """With the memory of a step that goes through the weights in blocks, on the CPU or on a GPU."""
     adapter = adapter_bytes(model)
     if model.merge.device == "cuda":
-        return replace(needs, mem_mb=_mb(cuda_bytes + adapter), gpu=1, gpu_mem_mb=_mb(CUDA_BYTES + 2e9))
-    return replace(needs, mem_mb=_mb(PYTHON_BYTES + adapter + block_bytes * threads))
+        return replace(needs, mem_mb=in_mb(cuda_bytes + adapter), gpu=1, gpu_mem_mb=in_mb(CUDA_BYTES + 2e9))
+    return replace(needs, mem_mb=in_mb(PYTHON_BYTES + adapter + block_bytes * threads))
 
 
 def convert_needs(model: Model) -> Needs:
@@ -206,7 +208,7 @@ def convert_needs(model: Model) -> Needs:
     size = weight_bytes(model, "f16")
     shape = shape_of(model)
     memory = 0.45e9 + 1.85 * shape.embedding * (1.0 if shape.tie_word_embeddings else 1.5)
-    return Needs(mem_mb=_mb(memory), disk_mb=_mb(size), runtime=_minutes(size / CONVERT_BYTES))
+    return Needs(mem_mb=in_mb(memory), disk_mb=in_mb(size), runtime=in_minutes(size / CONVERT_BYTES))
 
 
 def quantize_needs(model: Model, quant: str) -> Needs:
@@ -214,7 +216,7 @@ def quantize_needs(model: Model, quant: str) -> Needs:
     shape = shape_of(model)
     seconds = 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
     memory = 0.08e9 + 7.1 * shape.embedding
-    return Needs(mem_mb=_mb(memory), disk_mb=_mb(weight_bytes(model, quant)), runtime=_minutes(seconds))
+    return Needs(mem_mb=in_mb(memory), disk_mb=in_mb(weight_bytes(model, quant)), runtime=in_minutes(seconds))
 
 
 def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
@@ -233,30 +235,30 @@ def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
     memory = max(held, min(held + weight_bytes(model, "f16"), 0.9 * hardware.ram * GIB))
     sums = 4 * shape.num_hidden_layers * (6 * shape.hidden_size + shape.intermediate_size)
     products = shape.parameters * CHUNK_TOKENS * model.quantize.imatrix.chunks
-    return Needs(_mb(memory), disk_mb=_mb(2 * sums), runtime=_minutes(products / (IMATRIX_PRODUCTS * THREADS)))
+    return Needs(in_mb(memory), disk_mb=in_mb(2 * sums), runtime=in_minutes(products / (IMATRIX_PRODUCTS * THREADS)))
 
 
 def answer_needs(model: Model, quant: str) -> Needs:
     """llama.cpp maps the file, and keeps keys and values of a short context."""
-    return Needs(mem_mb=_mb(INTERPRETER_BYTES + 1.1 * weight_bytes(model, quant)), disk_mb=1, runtime=30)
+    return Needs(mem_mb=in_mb(INTERPRETER_BYTES + 1.1 * weight_bytes(model, quant)), disk_mb=1, runtime=30)
 
 
 def convert_adapter_needs(model: Model) -> Needs:
     """llama.cpp's converter holds the adapter, which is as large in float32 as its rank says."""
     train = model.adapter.train if model.adapter else None
     size = adapter_bytes(model) * (1 if train else 2)
-    return Needs(_mb(INTERPRETER_BYTES + 2 * size), disk_mb=_mb(size) + 1, runtime=_minutes(size / CONVERT_BYTES))
+    return Needs(in_mb(INTERPRETER_BYTES + 2 * size), disk_mb=in_mb(size) + 1, runtime=in_minutes(size / CONVERT_BYTES))
 
 
 def register_needs(model: Model) -> Needs:
     """Our side sends a file; the server, if it is on this machine, keeps up to four copies of it for a while."""
     size = weight_bytes(model, model.default_quant)
-    return Needs(small_needs().mem_mb, disk_mb=_mb(4 * size), runtime=30 + _minutes(4 * size / DISK_BYTES))
+    return Needs(small_needs().mem_mb, disk_mb=in_mb(4 * size), runtime=30 + in_minutes(4 * size / DISK_BYTES))
 
 
 def build_needs() -> Needs:
     """One compiler a thread; a build on 2 threads was sampled at 0.9 GB in all, so 0.7 GB each is on the safe side."""
-    return Needs(mem_mb=_mb(0.7e9 * THREADS), disk_mb=600, runtime=60)
+    return Needs(mem_mb=in_mb(0.7e9 * THREADS), disk_mb=600, runtime=60)
 
 
 def modelfile_needs(model: Model) -> Needs:
@@ -264,7 +266,7 @@ def modelfile_needs(model: Model) -> Needs:
     shape = shape_of(model)
     kept = 2 * 2 * 512 * shape.num_hidden_layers * shape.hidden_size
     seconds = weight_bytes(model, model.default_quant) / DISK_BYTES
-    return Needs(_mb(2 * INTERPRETER_BYTES + kept), disk_mb=1, runtime=5 + _minutes(seconds))
+    return Needs(in_mb(2 * INTERPRETER_BYTES + kept), disk_mb=1, runtime=5 + in_minutes(seconds))
 
 
 def small_needs() -> Needs:
@@ -274,7 +276,7 @@ def small_needs() -> Needs:
 
 def check_base_needs() -> Needs:
     """Two Pythons with torch and transformers, ours and the converter's; of the weights only headers are read."""
-    return Needs(mem_mb=_mb(2 * INTERPRETER_BYTES), disk_mb=20, runtime=5)
+    return Needs(mem_mb=in_mb(2 * INTERPRETER_BYTES), disk_mb=20, runtime=5)
 
 
 def import_needs(model: Model) -> Needs:
@@ -282,12 +284,12 @@ def import_needs(model: Model) -> Needs:
     if model.adapter is None or model.adapter.path is None:
         return small_needs()
     size = Path(model.adapter.path, ADAPTER_WEIGHTS).stat().st_size
-    return Needs(mem_mb=small_needs().mem_mb, disk_mb=_mb(size) + 1, runtime=_minutes(size / MERGE_BYTES))
+    return Needs(mem_mb=small_needs().mem_mb, disk_mb=in_mb(size) + 1, runtime=in_minutes(size / MERGE_BYTES))
 
 
-def _mb(size: float) -> int:
+def in_mb(size: float) -> int:
     return math.ceil(size / 1e6)
 
 
-def _minutes(seconds: float) -> int:
+def in_minutes(seconds: float) -> int:
     return max(5, math.ceil(seconds / 60))

@@ -1,0 +1,272 @@
+"""
+What each step of a heatmap model needs, from its backbone's numbers and the config alone: milliseconds, no torch.
+
+Weights are counted; what a training keeps for its backward pass is on the safe side of what the layers' sizes come to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+from lib.estimate import (
+    ADAPTER_GRADIENT,
+    ADAPTER_STATE,
+    CUDA_BYTES,
+    DOWNLOAD_BYTES,
+    INTERPRETER_BYTES,
+    LINEAR_BYTES,
+    Needs,
+    in_mb,
+    in_minutes,
+    small_needs,
+)
+from lib.heatmap_settings import Heatmap
+from lib.heatmap_spec import FPN, HeatmapModel
+
+TRAINED = ADAPTER_STATE + ADAPTER_GRADIENT
+FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+COLOURS, IMAGE_SIZE = 3, 224
+STEM = 4  # sides of a ConvNeXt's first patches
+# Of a layer's outputs, how many are kept for the backward pass, as wide as the model and as its feed-forward layer.
+KEPT, KEPT_WIDE, KEPT_DECODER = 12, 5, 8
+FRAMES = 20_000  # of TrackNet's own data, where nobody says how many there are
+EVALUATED_BATCH = 8
+JPEG_BYTES = 0.4  # per pixel, of a drawn frame
+DRAWN_FRAMES, READ_BYTES = 10, 50e6  # per second
+PRODUCTS = {"cpu": 1e10, "cuda": 5e12}  # per second, that a training computes
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """
+    Numbers of a backbone.
+
+    Attributes:
+        linear: weights of its linear layers, which can be quantized and adapted.
+        others: all its other weights.
+        widths: of inputs and outputs of the linear layers, together: a LoRA of rank 1 has so many weights.
+        kept: numbers that a training keeps of a frame.
+        layer: of these the largest layer's.
+        inputs: what checkpoints of each layer keep.
+        products: multiplications of a frame.
+    """
+
+    linear: int
+    others: int
+    widths: int
+    kept: int
+    layer: int
+    inputs: int
+    products: int
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.others
+
+
+def backbone_of(model: HeatmapModel) -> Backbone:
+    """The numbers of a model's backbone, at the size of its input."""
+    width, height = model.heatmap.input_size
+    shape = model.base.shape
+    return _convnext(shape, width, height) if model.heatmap.model == FPN else _vit(shape, width, height)
+
+
+def _vit(shape: Mapping[str, Any], width: int, height: int) -> Backbone:
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    wide = shape.get("intermediate_size") or ceil(hidden * shape.get("mlp_ratio", 4))
+    patch, image = (_side(shape.get(key, default)) for key, default in (("patch_size", 16), ("image_size", IMAGE_SIZE)))
+    tokens = ceil(width / patch) * ceil(height / patch) + 5  # class and register tokens
+    block = 4 * hidden**2 + 2 * hidden * wide
+    # Patches, positions, class token, biases and norms, and the pooler that some families have.
+    others = COLOURS * patch**2 * hidden + (image // patch) ** 2 * hidden + layers * (10 * hidden + wide) + hidden**2
+    layer = tokens * (KEPT * hidden + KEPT_WIDE * wide)
+    return Backbone(
+        linear=layers * block,
+        others=others,
+        widths=layers * (8 * hidden + 2 * (hidden + wide)),
+        kept=layers * layer,
+        layer=layer,
+        inputs=layers * tokens * hidden,
+        products=tokens * layers * (block + 2 * tokens * hidden),
+    )
+
+
+def _convnext(shape: Mapping[str, Any], width: int, height: int) -> Backbone:
+    sizes, depths = list(shape["hidden_sizes"]), list(shape["depths"])
+    places = [ceil(width / STEM / 2**stage) * ceil(height / STEM / 2**stage) for stage in range(len(sizes))]
+    stages = list(zip(sizes, depths, places, strict=True))
+    between = sum(4 * fine * coarse + 2 * fine + coarse for fine, coarse in pairwise(sizes))
+    stem = COLOURS * STEM**2 * sizes[0] + 3 * sizes[0]
+    layers = [(KEPT + 4 * KEPT_WIDE) * size * place for size, _, place in stages]
+    return Backbone(
+        linear=sum(8 * size**2 * depth for size, depth, _ in stages),
+        others=stem + between + sum((49 + 9) * size * depth for size, depth, _ in stages) + 2 * sizes[-1],
+        widths=sum(10 * size * depth for size, depth, _ in stages),
+        kept=sum(layer * depth for layer, depth in zip(layers, depths, strict=True)),
+        layer=max(layers),
+        inputs=sum(size * depth * place for size, depth, place in stages),
+        products=sum((8 * size**2 + 49 * size) * depth * place for size, depth, place in stages),
+    )
+
+
+def _side(size: Any) -> int:
+    return max(size) if isinstance(size, list | tuple) else size
+
+
+def decoder_parameters(model: HeatmapModel) -> int:
+    """Weights of decoder, head and what mixes several frames."""
+    heatmap, shape = model.heatmap, model.base.shape
+    mixer = COLOURS**2 * heatmap.frames + COLOURS if heatmap.frames > 1 else 0
+    if heatmap.model == FPN:
+        return mixer + _pyramid_parameters(heatmap, list(shape["hidden_sizes"]))
+    widths, total = [shape["hidden_size"], *heatmap.channels], mixer + heatmap.channels[-1] + 1
+    for (inner, outer), factor in zip(pairwise(widths), heatmap.factors, strict=True):
+        total += (inner + 1) * outer * factor**2 + outer**2 + 13 * outer
+        squeezed = max(8, outer // 4)
+        total += 2 * outer * squeezed + outer + squeezed if heatmap.squeeze_excite else 0
+    return total
+
+
+def _pyramid_parameters(heatmap: Heatmap, sizes: list[int]) -> int:
+    channels = heatmap.fpn_channels
+    inner = channels * (2 if heatmap.fusion == "concat" else 1)
+    refine = (len(sizes) - 1) * (9 * inner * channels + 3 * channels)
+    return sum((size + 1) * channels for size in sizes) + refine + channels + 1
+
+
+def _decoder_kept(model: HeatmapModel) -> int:
+    """Numbers that a training keeps of decoder and heatmap, of a frame."""
+    heatmap, shape = model.heatmap, model.base.shape
+    width, height = heatmap.input_size
+    kept = 4 * heatmap.heatmap_size[0] * heatmap.heatmap_size[1]
+    if heatmap.model == FPN:
+        finest = ceil(width / STEM) * ceil(height / STEM)
+        return kept + ceil(1.34 * KEPT_DECODER * heatmap.fpn_channels * finest)
+    patch = _side(shape.get("patch_size", 16))
+    places = ceil(width / patch) * ceil(height / patch)
+    for channels, factor in zip(heatmap.channels, heatmap.factors, strict=True):
+        places *= factor**2
+        kept += KEPT_DECODER * channels * places
+    return kept
+
+
+def parameters(model: HeatmapModel) -> int:
+    """Weights of the whole model."""
+    return backbone_of(model).parameters + decoder_parameters(model)
+
+
+def held_bytes(model: HeatmapModel, kind: str) -> int:
+    """
+    The weights in memory, in bytes.
+
+    Args:
+        kind: fp32, fp16, int8 or 4-bit; of the latter two only the backbone's linear layers, all else being in 16 bits.
+    """
+    if kind in LINEAR_BYTES:
+        linear = backbone_of(model).linear
+        return round(LINEAR_BYTES[kind] * linear + 2 * (parameters(model) - linear))
+    return FLOATS[kind] * parameters(model)
+
+
+def trained_parameters(model: HeatmapModel) -> int:
+    """Weights that the training changes."""
+    train = model.adapter.train
+    if train.method == "full":
+        return parameters(model)
+    lora = backbone_of(model).widths * train.lora.r if train.lora.enabled else 0
+    return decoder_parameters(model) + lora
+
+
+def training_bytes(model: HeatmapModel) -> float:
+    """The most that tensors take of the card, or of RAM where that is trained on, in bytes."""
+    train, backbone = model.adapter.train, backbone_of(model)
+    held = FLOATS[train.precision]
+    if train.method == "full":
+        weights: float = 0 if held == 4 else held * parameters(model)  # what autocast makes of them
+    else:
+        linear = {"qlora": LINEAR_BYTES["4-bit"], "int8": LINEAR_BYTES["int8"]}.get(train.method, held)
+        weights = linear * backbone.linear + held * backbone.others
+    batch = train.per_device_train_batch_size
+    if train.gradient_checkpointing:
+        kept = backbone.inputs + backbone.layer
+    else:
+        kept = backbone.kept * (5 if train.method == "int8" else 4) // 4  # its inputs are kept once more
+    # Norms and losses are computed in float32 at any precision.
+    activations = batch * (kept + _decoder_kept(model)) * (held + 1 if held < 4 else held)
+    return 1.2 * (weights + TRAINED * trained_parameters(model) + activations)
+
+
+def fetch_needs(model: HeatmapModel) -> Needs:
+    """Downloading holds a few blocks; a random backbone is made whole."""
+    size = 4 * backbone_of(model).parameters
+    if model.base.path:
+        return Needs(mem_mb=in_mb(0.2e9), disk_mb=1, runtime=in_minutes(size / 500e6))
+    memory = INTERPRETER_BYTES + (2 * size if model.base.random is not None else 0)
+    return Needs(in_mb(memory), disk_mb=in_mb(size) + 1, runtime=in_minutes(size / DOWNLOAD_BYTES))
+
+
+def frames_of(model: HeatmapModel) -> int:
+    """Frames of the clips: as many as are drawn, or as TrackNet's data have."""
+    drawn = model.clips.synthetic
+    return drawn.games * drawn.clips * drawn.frames if drawn else FRAMES
+
+
+def make_clips_needs(model: HeatmapModel) -> Needs:
+    """One frame at a time."""
+    drawn = model.clips.synthetic
+    if drawn is None:
+        return small_needs()
+    size = frames_of(model) * (drawn.size[0] * drawn.size[1] * JPEG_BYTES + 4096)
+    return Needs(small_needs().mem_mb, disk_mb=in_mb(size), runtime=in_minutes(frames_of(model) / DRAWN_FRAMES))
+
+
+def check_clips_needs(model: HeatmapModel) -> Needs:
+    """The frames are read once, in blocks, for their digests."""
+    width, height = model.clips.synthetic.size if model.clips.synthetic else (1280, 720)
+    size = frames_of(model) * width * height * JPEG_BYTES
+    return Needs(small_needs().mem_mb, disk_mb=1, runtime=in_minutes(size / READ_BYTES))
+
+
+def train_needs(model: HeatmapModel) -> Needs:
+    """What training_bytes says, on one card or the CPU; on disk two checkpoints, and pictures for TensorBoard."""
+    train, backbone = model.adapter.train, backbone_of(model)
+    disk = 2 * 12 * trained_parameters(model) + 4 * trained_parameters(model) + 100e6
+    products = 3 * (backbone.products + _decoder_kept(model) * 32) * frames_of(model) * train.num_train_epochs
+    runtime = in_minutes(2 * products / PRODUCTS[train.device])
+    workers = train.dataloader_num_workers * 0.4e9
+    if train.device == "cpu":
+        return Needs(in_mb(INTERPRETER_BYTES + training_bytes(model) + workers), in_mb(disk), runtime)
+    memory = 2.5e9 + 2 * 4 * backbone.parameters + workers
+    if train.offload.use_cpu_offload:
+        memory += training_bytes(model)
+    return Needs(in_mb(memory), in_mb(disk), runtime, gpu=1, gpu_mem_mb=in_mb(training_bytes(model) + CUDA_BYTES))
+
+
+def merge_needs(model: HeatmapModel) -> Needs:
+    """The model in float32, what it was trained to, and what is written."""
+    size = FLOATS[model.merge.dtype] * parameters(model)
+    memory = INTERPRETER_BYTES + 3 * 4 * parameters(model)
+    return Needs(in_mb(memory), disk_mb=in_mb(size) + 1, runtime=5)
+
+
+def export_needs(model: HeatmapModel) -> Needs:
+    """The model, the exporter's graph, its file, and a frame computed by both."""
+    size = FLOATS[model.merge.dtype] * parameters(model)
+    computed = 4 * (backbone_of(model).layer + _decoder_kept(model))
+    memory = INTERPRETER_BYTES + 0.5e9 + 5 * 4 * parameters(model) + 2 * computed
+    return Needs(in_mb(memory), disk_mb=in_mb(2 * size) + 2, runtime=10)
+
+
+def evaluate_needs(model: HeatmapModel) -> Needs:
+    """The model, and a batch of frames on their way through it; overlays are a few pictures of each clip."""
+    device = model.adapter.train.device
+    computed = EVALUATED_BATCH * 4 * (2 * backbone_of(model).layer + _decoder_kept(model))
+    memory = 1.2 * (4 * parameters(model) + computed)
+    runtime = in_minutes(2 * backbone_of(model).products * frames_of(model) / PRODUCTS[device])
+    if device == "cpu":
+        return Needs(in_mb(INTERPRETER_BYTES + memory), disk_mb=200, runtime=runtime)
+    return Needs(in_mb(2.5e9), disk_mb=200, runtime=runtime, gpu=1, gpu_mem_mb=in_mb(memory + CUDA_BYTES))
