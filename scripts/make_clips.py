@@ -177,7 +177,7 @@ def _draw_ball(picture: Image.Image, centre: np.ndarray, step: np.ndarray) -> No
     draw = ImageDraw.Draw(layer)
     for share in np.linspace(-0.5, 0.5, 9) if fast else (0.0,):
         x, y = centre + step * share * 0.6
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=110 if fast else 255)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=170 if fast else 255)
     picture.paste(BALL, mask=layer.filter(ImageFilter.GaussianBlur(1.2)))
 
 
