@@ -5,21 +5,27 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/python -m snakemake
 # A process a core, of some 2 GB each; the tests of a file share what they build, and stay together.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup
+TRACKNET := models/tracknet-demo.onnx reports/tracknet-demo.eval.json
 DEMO := models/demo.Modelfile models/demo.q4_k_m.gguf reports/demo.smoke.json reports/demo.rag.json
 
-.PHONY: help demo test quick lint format lock clean clean-all
+.PHONY: help demo demo-tracknet test quick lint format lock clean clean-all
 
 help:
-	@echo "make demo       set up, fine-tune, quantize and question a small model, on the CPU"
-	@echo "make test       set up, lint and run every test this machine can run"
-	@echo "make quick      the tests that need no llama.cpp"
-	@echo "make format     format the code"
-	@echo "make clean      remove logs and temporary files; artifacts and checkpoints stay"
-	@echo "make clean-all  remove what was built as well, after asking"
+	@echo "make demo           set up, fine-tune, quantize and question a small model, on the CPU"
+	@echo "make demo-tracknet  set up, train a heatmap model on drawn clips, export and evaluate it, on the CPU"
+	@echo "make test           set up, lint and run every test this machine can run"
+	@echo "make quick          the tests that need no llama.cpp"
+	@echo "make format         format the code"
+	@echo "make clean          remove logs and temporary files; artifacts and checkpoints stay"
+	@echo "make clean-all      remove what was built as well, after asking"
 
 demo: $(VENV)/.runtime
 	@$(SNAKEMAKE) -j1 --quiet host reason -- $(DEMO)
 	@$(BIN)/python scripts/summarize_build.py --model demo
+
+demo-tracknet: $(VENV)/.runtime
+	@$(SNAKEMAKE) -j1 --quiet host reason -- $(TRACKNET)
+	@$(BIN)/python scripts/summarize_build.py --model tracknet-demo
 
 test: lint
 	$(BIN)/python -m pytest $(PARALLEL)

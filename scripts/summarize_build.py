@@ -32,6 +32,7 @@ def summarize_build(*, model: str, folder: Path) -> str:
         *sorted((folder / "models").glob(f"{model}.*.gguf")),
         folder / "models" / f"{model}.Modelfile",
         *sorted((folder / "models").glob(f"{model}.*.Modelfile")),
+        folder / "models" / f"{model}.onnx",
     ]
     there = [path for path in artifacts if path.exists()]
     if not there:
@@ -43,6 +44,7 @@ def summarize_build(*, model: str, folder: Path) -> str:
         lines += ["steps:", *(f"  {_duration(seconds):>9}  {name}" for name, seconds in steps.items())]
     lines += _describe_answers(folder / "reports" / f"{model}.smoke.json")
     lines += _describe_documents(folder / "reports" / f"{model}.rag.json")
+    lines += _describe_balls(folder / "reports" / f"{model}.eval.json", folder)
     modelfile = folder / "models" / f"{model}.Modelfile"
     if registered := _registered_as(folder, model):
         lines += ["to talk to it, where it is registered with Ollama:", f"  ollama run {registered}"]
@@ -95,6 +97,22 @@ def _describe_documents(report: Path) -> list[str]:
         lines += [f"  answer    {_one_line(example['with']['answer'])}"]
         lines += [f"  source    {example['passages'][0]['source']}"]
     return lines
+
+
+def _describe_balls(report: Path, folder: Path) -> list[str]:
+    if not report.is_file():
+        return []
+    found, model = read_json(report), report.name.removesuffix(".eval.json")
+    error = "" if found["mean_error"] is None else f", {found['mean_error']:.1f} pixels off"
+    lines = [
+        f"balls found on held-out clips: F1 {found['f1'] or 0:.3f} at {found['settings']['distance']:g} pixels{error}"
+    ]
+    lines += [f"  pictures  {folder / 'reports' / f'{model}.overlays'}"] if found.get("overlays") else []
+    return [
+        *lines,
+        "to find balls in frames of yours:",
+        f"  python scripts/predict_heatmap.py --model models/{model}.onnx --output balls.csv FOLDER",
+    ]
 
 
 def _one_line(text: str) -> str:
