@@ -51,6 +51,7 @@ VARIANTS = {
     "dinov3_vit": {"heatmap_size": (30, 17)},
     "convnext": {"fusion": "concat", "norm": "bn"},
     "convnextv2": {"fusion": "sum", "frames": 2},
+    "dinov3_convnext": {},
 }
 
 

@@ -36,6 +36,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
     "convnext": {"model_type": "convnext", **_CONVNEXT},
     "convnextv2": {"model_type": "convnextv2", **_CONVNEXT},
+    "dinov3_convnext": {"model_type": "dinov3_convnext", **_CONVNEXT},
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "input_size": (64, 48),
@@ -52,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_settings(backbone: str, **changes: Any) -> Heatmap:
-    return Heatmap(**{"model": FPN if backbone.startswith("convnext") else VIT, **SETTINGS, **changes})
+    return Heatmap(**{"model": FPN if "convnext" in backbone else VIT, **SETTINGS, **changes})
 
 
 def make_backbone(kind: str, *, seed: int = 0) -> nn.Module:

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lib.clips import NO_BALL, OCCLUDED, Clip, ClipError, Frame
+from lib.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # What is made of frames whose ball cannot be seen: an empty heatmap, none at all, or (occluded) the ball's.
 EMPTY, MASK, TARGET = "empty", "mask", "target"
+
+# What Pillow says, beside OSError, of pictures that are damaged: of a PNG's chunks, and of a size that cannot be.
+DAMAGED = (SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def read_frame(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int
             own = picture.size
             picture.draft("RGB", size)  # JPEG can be read at a half or a quarter of its size
             return np.array(picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)), own
-    except (UnidentifiedImageError, OSError) as error:
-        raise ClipError(f"{path}: cannot be read as a picture ({error})") from error
+    except (OSError, *DAMAGED) as error:
+        raise ClipError(f"{path}: cannot be read as a picture ({first_line(error)})") from error
 
 
 def check_ball(frame: Frame, size: tuple[int, int]) -> None:

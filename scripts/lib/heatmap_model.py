@@ -14,6 +14,8 @@ from lib.errors import ModelmillError
 from lib.heatmap_settings import Heatmap, InputPlan
 
 VIT, FPN = "vit_heatmap", "convnext_fpn_heatmap"
+# transformers' types that take pictures of any size and give a token for each patch, after those of their own.
+VITS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 # Of a group of GroupNorm (Wu and He 2018 found 16 and more channels a group to do).
 GROUP_CHANNELS = 16
 COLOURS = 3
@@ -133,10 +135,9 @@ def _mixer(frames: int) -> nn.Conv2d:
 
 
 def _vit_decoder(backbone: nn.Module, settings: Heatmap) -> UpsamplingDecoder:
-    width = getattr(backbone.config, "hidden_size", None)
-    if width is None or not hasattr(backbone.config, "patch_size"):
-        raise HeatmapError(f"heatmap.model {VIT} needs a backbone of patches as ViT's, found {_kind(backbone)}")
-    return UpsamplingDecoder(width, settings)
+    if _kind(backbone) not in VITS:
+        raise HeatmapError(f"heatmap.model {VIT} needs a backbone of {', '.join(VITS)}, found {_kind(backbone)}")
+    return UpsamplingDecoder(backbone.config.hidden_size, settings)
 
 
 def _pyramid(backbone: nn.Module, settings: Heatmap) -> FeaturePyramid:
