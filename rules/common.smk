@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
 sys.path.insert(0, f"{ROOT}/scripts")
 
-from lib import estimate
+from lib import estimate, heatmap_estimate
 from lib.checkpoint import is_side_file
 from lib.cli import usable_cores
 from lib.code import code_digest
@@ -22,6 +22,7 @@ from lib.config_file import read_config_file, repeated_keys
 from lib.decisions import merge_decisions, training_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
+from lib.heatmap_spec import LABELS
 from lib.jsonfile import digest_json
 from lib.locks import join_runs
 from lib.options import as_options
@@ -30,6 +31,7 @@ from lib.quantize_path import JOIN, QuantizePaths
 from lib.resource_report import report_resources
 from lib.spec import resolve_project
 from lib.targets import ADAPTER, explain_target, final_files, model_names, report_files, wrong_targets
+from lib.typed import plain
 
 # Each lies over the one before. A workflow that takes this one as a module may bring the config along instead.
 CONFIG_FILES = [Path("config.yaml"), *workflow.config_settings.configfiles]
@@ -104,8 +106,8 @@ wildcard_constraints:
 
 
 def spec(model):
-    """The resolved model of that name."""
-    return PROJECT.models[model]
+    """The resolved model of that name, of either kind."""
+    return PROJECT.model(model)
 
 
 def interpreter(wildcards, input):
@@ -174,6 +176,11 @@ def planned_gpus(wildcards, input):
     return ",".join(f"{size:g}" for size in PROJECT.hardware.gpus[:cards])
 
 
+def heatmap_gpus(wildcards, input):
+    cards = heatmap_estimate.train_needs(spec(wildcards.model)).gpu
+    return ",".join(f"{size:g}" for size in PROJECT.hardware.gpus[:cards])
+
+
 def method_reason(wildcards, input):
     return spec(wildcards.model).adapter.train.method_reason
 
@@ -228,6 +235,8 @@ def default_gguf(model, base=""):
 def base_source(model):
     """Where a base comes from, as options of fetch_base.py."""
     base = spec(model).base
+    if model in PROJECT.heatmaps:
+        return backbone_source(base)
     shape = {key: value for key, value in vars(estimate.shape_of(spec(model))).items() if value is not None}
     keys = (
         "hub",
@@ -243,10 +252,42 @@ def base_source(model):
     return shlex.join([*options, f"--shape={json.dumps(shape)}"])
 
 
+def backbone_source(base):
+    if base.random is not None:
+        return shlex.join([f"--random={json.dumps(plain(base.random), sort_keys=True)}", f"--seed={base.seed}"])
+    return shlex.join(f"--{key}={getattr(base, key)}" for key in ("hub", "revision", "path") if getattr(base, key))
+
+
+def fetch_needs(wildcards):
+    model = spec(wildcards.model)
+    return (heatmap_estimate if wildcards.model in PROJECT.heatmaps else estimate).fetch_needs(model)
+
+
+def clips_folder(wildcards, input):
+    """Where the clips are; no recorded parameter, since their identity tells when they are others."""
+    return spec(wildcards.model).clips.path or f"work/{wildcards.model}/clips"
+
+
+def clip_tables(wildcards):
+    """What says which clips there are: the tables of those that are there already, or the mark that they were drawn."""
+    path, drawn = spec(wildcards.model).clips.path, f"work/{wildcards.model}/clips"
+    return sorted(map(str, Path(path).glob(LABELS))) if path else [drawn, f"{drawn}.made"]
+
+
+def frames_seen(model):
+    """Names, sizes and times of the frames that are there already, as one digest, so that a change of one is seen."""
+    path = spec(model).clips.path
+    if not path:
+        return ""
+    folders = sorted({table.parent for table in Path(path).glob(LABELS)})
+    found = [(entry.path, entry.stat()) for folder in folders for entry in os.scandir(folder)]
+    return digest_json(sorted([os.path.relpath(file, path), at.st_size, at.st_mtime_ns] for file, at in found))
+
+
 def local_base_files(wildcards):
     """The files of a base that is there already, so that a change of one is seen."""
     base = spec(wildcards.model).base
-    if base.gguf:
+    if wildcards.model in PROJECT.models and base.gguf:
         return [base.gguf]
     files = sorted(Path(base.path).iterdir()) if base.path else []
     return [str(path) for path in files if is_side_file(path.name) or path.suffix == ".safetensors"]

@@ -27,7 +27,7 @@ rule report_training:
     benchmark:
         "logs/{model}/report_training.jsonl"
     wildcard_constraints:
-        model="|".join(TRAINED) or "(?!)",
+        model="|".join([*TRAINED, *PROJECT.heatmaps]) or "(?!)",
     retries: 0
     localrule: True
     conda:
@@ -67,6 +67,8 @@ rule report_resources:
         ),
     log:
         "logs/{model}/report_resources.log",
+    wildcard_constraints:
+        model="|".join(PROJECT.names),
     priority: -100  # so that in a run that builds as well it comes last
     localrule: True
     conda:

@@ -63,7 +63,7 @@ def build_model(
     """
     request = REQUESTS / f"{name}.yaml"
     project = read_project(configs, {"models": {name: section}})
-    targets = final_files(replace(project, models={name: project.models[name]}))
+    targets = final_files(replace(project, models={name: project.models[name]}, heatmaps={}))
     targets += [f"ollama/{name}.json"] if register else []
     _write_request(request, name, section)
     given = [*(path for path in configs if path != CONFIG), request]

@@ -16,7 +16,7 @@ from lib.config_file import read_project
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
 from lib.options import json_mapping
-from lib.preflight import Preflight, Row, planned_machine, preflight
+from lib.preflight import REGISTER, Preflight, Row, planned_machine, preflight
 from lib.software import Software, this_software
 from lib.toolchain import cache_folder
 
@@ -54,15 +54,19 @@ def describe_software(software: Software) -> Iterator[str]:
 def describe(found: Preflight, *, colour: bool) -> Iterator[str]:
     """A model's plan, in lines of at most 80 columns."""
     yield f"{found.model}: weights in memory"
-    yield "  " + "   ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in found.formats.items())
+    yield "  " + "   ".join(f"{kind} {_size(size)}" for kind, size in found.formats.items())
     yield ""
     yield f"{'step':<16} {'GPU':<12} {'RAM':>8} {'disk':>9} {'time':>8}"
     for row in found.rows:
         yield _line(row, colour=colour)
         yield from (f"    {lack}" for lack in row.lacks)
         yield from (f"    → {each}" for each in row.advice)
-    peak = max(entry.peak for entry in found.ledger if entry.step != found.ledger[-1].step)
+    peak = max(entry.peak for entry in found.ledger if entry.step != REGISTER)
     yield f"disk is that of all files by then; the plan takes {peak / 1e9:.1f} GB at its fullest"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _line(row: Row, *, colour: bool) -> str:
@@ -99,10 +103,10 @@ def as_json(machine: Machine, software: Software | None, plans: Sequence[Preflig
 
 def _work(arguments: argparse.Namespace) -> None:
     project = read_project(arguments.config, arguments.changes)
-    names = arguments.model or list(project.models)
+    names = arguments.model or project.names
     for name in names:
-        if name not in project.models:
-            raise UsageError(f"--model: unknown model {name!r}{suggest(name, list(project.models))}")
+        if name not in project.names:
+            raise UsageError(f"--model: unknown model {name!r}{suggest(name, project.names)}")
     here = this_machine(Path(), cache_folder(), model_store())
     machine = planned_machine(project.hardware) if arguments.planned else here
     software = None if arguments.planned else this_software(project.llama_cpp)

@@ -19,8 +19,8 @@ from lib.resource_report import report_resources
 
 def _work(arguments: argparse.Namespace) -> None:
     project = read_project(arguments.config, arguments.changes)
-    if arguments.model not in project.models:
-        raise UsageError(f"--model: unknown model {arguments.model!r}{suggest(arguments.model, list(project.models))}")
+    if arguments.model not in project.names:
+        raise UsageError(f"--model: unknown model {arguments.model!r}{suggest(arguments.model, project.names)}")
     report: dict[str, Any] = report_resources(arguments.model, project)
     say(describe_steps(report))
     if arguments.picture:

@@ -19,7 +19,7 @@ from lib.spec import Project, resolve_project
 
 def shipped(**merge: Any) -> Project:
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-    for model in config["models"].values():
+    for model in (each for each in config["models"].values() if "kind" not in each):
         model["merge"] = {**model.get("merge", {}), **merge}
     return resolve_project(config)
 
@@ -32,7 +32,9 @@ def test_the_32b_in_4_bits_since_16_do_not_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     assert training_decisions(shipped()) == {
         "deepseek32b": "deepseek32b: trained by qlora in bf16 on cuda (auto: 32.8 B weights, smallest planned GPU "
-        "24 GiB; 65.5 GB in 16 bits do not fit the 51.5 GB of all GPUs)"
+        "24 GiB; 65.5 GB in 16 bits do not fit the 51.5 GB of all GPUs)",
+        "tracknet-demo": "tracknet-demo: trained by full in fp32 on cpu (as configured: every weight, without an "
+        "adapter)",
     }
 
 

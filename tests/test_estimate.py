@@ -36,7 +36,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Project:
     """The shipped config, with an importance matrix for each model."""
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-    for model in config["models"].values():
+    for model in (each for each in config["models"].values() if "kind" not in each):
         model["quantize"] = {"imatrix": {"text": "data/demo.jsonl"}}
     return resolve_project(config)
 

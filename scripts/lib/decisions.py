@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lib import estimate
+from lib.heatmap_spec import HeatmapModel
 from lib.provenance import BASE_WEIGHTS
 from lib.quant_types import SOURCE_TYPES
 from lib.quantize_path import QuantizedFile, QuantizePaths
@@ -10,13 +11,31 @@ from lib.spec import Model, Project
 
 
 def training_decisions(project: Project) -> dict[str, str]:
-    """What `method: auto` came to, a line per model of which the config leaves it open."""
+    """How models are trained: language models of which the config leaves it open, and heatmap models."""
     trained = {name: model.adapter.train for name, model in project.models.items() if model.adapter}
-    return {
+    heatmaps = {name: f"{name}: {_heatmap_training(model)}" for name, model in project.heatmaps.items()}
+    return heatmaps | {
         name: f"{name}: trained by {train.method} in {train.precision} on {train.device} ({train.method_reason})"
         for name, train in trained.items()
         if train and train.method_reason.startswith("auto")
     }
+
+
+# Why a heatmap model is trained by a method, after TrackNet's own table.
+METHOD_REASONS = {
+    "full": "every weight, without an adapter",
+    "lora": "an adapter on the backbone's weights as they are",
+    "int8": "an adapter on 8-bit weights of the backbone",
+    "qlora": "an adapter on 4-bit weights of the backbone",
+}
+FROZEN = "the backbone stays as it is in 8 bits"
+
+
+def _heatmap_training(model: HeatmapModel) -> str:
+    train = model.adapter.train
+    reason = METHOD_REASONS[train.method] if train.lora.enabled else FROZEN
+    always = "" if train.method == "full" else "; decoder and head in full"
+    return f"trained by {train.method} in {train.precision} on {train.device} (as configured: {reason}{always})"
 
 
 def merge_decisions(project: Project, paths: QuantizePaths) -> dict[str, str]:

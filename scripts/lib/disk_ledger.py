@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lib import estimate
+from lib import estimate, heatmap_estimate
+from lib.heatmap_spec import HeatmapModel
 from lib.spec import Model
 
 
@@ -38,12 +39,36 @@ def disk_ledger(model: Model, *, direct: bool, keep_intermediates: bool, registe
         keep_intermediates: as the config says.
         registered: it is then registered in a server that keeps its models on the same disk.
     """
+    return _fill(_steps(model, direct, keep_intermediates, registered))
+
+
+def heatmap_ledger(model: HeatmapModel, *, keep_intermediates: bool) -> list[Entry]:
+    """The disk that a heatmap model takes on its way, clips and a base that are there already left out."""
+    return _fill(_heatmap_steps(model, keep_intermediates))
+
+
+def _fill(steps: Iterator[tuple[str, int, int, int]]) -> list[Entry]:
     entries, held = [], 0
-    for step, added, removed, passing in _steps(model, direct, keep_intermediates, registered):
+    for step, added, removed, passing in steps:
         peak = held + added + passing
         held += added - removed
         entries.append(Entry(step, added=added, removed=removed, held=held, peak=peak))
     return entries
+
+
+def _heatmap_steps(model: HeatmapModel, keep: bool) -> Iterator[tuple[str, int, int, int]]:
+    if model.clips.synthetic:
+        yield "make_clips", 10**6 * heatmap_estimate.make_clips_needs(model).disk_mb, 0, 0
+    if model.base.path is None:
+        yield "fetch_base", 4 * heatmap_estimate.backbone_of(model).parameters, 0, 0
+    trained = 4 * heatmap_estimate.trained_parameters(model)
+    # Checkpoints go when the training ends.
+    yield "train_heatmap", trained, 0, 10**6 * heatmap_estimate.train_needs(model).disk_mb - trained
+    written = heatmap_estimate.written_bytes(model)
+    yield "merge_heatmap", written, 0, 0
+    yield "export_onnx", written, 0, written
+    overlays = 10**6 * heatmap_estimate.evaluate_needs(model).disk_mb
+    yield "evaluate_heatmap", overlays, 0 if keep else written, 0
 
 
 def _steps(model: Model, direct: bool, keep: bool, registered: bool) -> Iterator[tuple[str, int, int, int]]:

@@ -37,7 +37,7 @@ FRAMES = 20_000  # of TrackNet's own data, where nobody says how many there are
 EVALUATED_BATCH = 8
 JPEG_BYTES = 0.4  # per pixel, of a drawn frame
 DRAWN_FRAMES, READ_BYTES = 10, 50e6  # per second
-PRODUCTS = {"cpu": 1e10, "cuda": 5e12}  # per second, that a training computes
+PRODUCTS = {"cpu": 3e10, "cuda": 5e12}  # per second, that a training computes
 
 
 @dataclass(frozen=True)
@@ -246,19 +246,22 @@ def train_needs(model: HeatmapModel) -> Needs:
     return Needs(in_mb(memory), in_mb(disk), runtime, gpu=1, gpu_mem_mb=in_mb(training_bytes(model) + CUDA_BYTES))
 
 
+def written_bytes(model: HeatmapModel) -> int:
+    """Size of the merged model, and of the ONNX file."""
+    return FLOATS[model.merge.dtype] * parameters(model)
+
+
 def merge_needs(model: HeatmapModel) -> Needs:
     """The model in float32, what it was trained to, and what is written."""
-    size = FLOATS[model.merge.dtype] * parameters(model)
     memory = INTERPRETER_BYTES + 3 * 4 * parameters(model)
-    return Needs(in_mb(memory), disk_mb=in_mb(size) + 1, runtime=5)
+    return Needs(in_mb(memory), disk_mb=in_mb(written_bytes(model)) + 1, runtime=5)
 
 
 def export_needs(model: HeatmapModel) -> Needs:
     """The model, the exporter's graph, its file, and a frame computed by both."""
-    size = FLOATS[model.merge.dtype] * parameters(model)
     computed = 4 * (backbone_of(model).layer + _decoder_kept(model))
     memory = INTERPRETER_BYTES + 0.5e9 + 5 * 4 * parameters(model) + 2 * computed
-    return Needs(in_mb(memory), disk_mb=in_mb(2 * size) + 2, runtime=10)
+    return Needs(in_mb(memory), disk_mb=in_mb(2 * written_bytes(model)) + 2, runtime=10)
 
 
 def evaluate_needs(model: HeatmapModel) -> Needs:

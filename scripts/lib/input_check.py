@@ -13,7 +13,12 @@ from lib.jsonfile import write_json
 
 
 def run_input_check(
-    doc: str | None, name: str, *, what: str, identify: Callable[[Path], tuple[dict[str, Any], str]]
+    doc: str | None,
+    name: str,
+    *,
+    what: str,
+    identify: Callable[[Path], tuple[dict[str, Any], str]],
+    metavar: str = "FILE",
 ) -> None:
     """
     The command line of a check: `--{name} FILE --output FILE`.
@@ -24,9 +29,10 @@ def run_input_check(
         what: the input is, for the help.
         identify: gives the file's identity, which is written to the output, and its size in words; it raises what
             the user is told of a file that cannot be used.
+        metavar: what it is called in the usage.
     """
     parser = script_parser(doc)
-    parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=what)
+    parser.add_argument(f"--{name}", type=Path, required=True, metavar=metavar, help=what)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where its identity is written")
 
     def work(arguments: argparse.Namespace) -> None:

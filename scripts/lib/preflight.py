@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib import estimate
-from lib.disk_ledger import Entry, disk_ledger
+from lib import estimate, heatmap_estimate
+from lib.disk_ledger import Entry, disk_ledger, heatmap_ledger
 from lib.estimate import Needs
+from lib.heatmap_spec import HeatmapModel
 from lib.machine import GIB, Card, Machine
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.software import Software, architecture_of
 from lib.spec import Hardware, Model, Project
-from lib.step_needs import SMALL, needs_of, planned_steps, read_step
+from lib.step_needs import SMALL, heatmap_steps, needs_of, planned_steps, read_step
 
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
 CONTEXT = 4096  # Ollama's own num_ctx
@@ -85,6 +86,8 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
         machine: whose first place of disk is the working directory.
         software: what is installed there; None where that is not known.
     """
+    if name in project.heatmaps:
+        return _preflight_heatmap(name, project, machine, software)
     model = project.models[name]
     direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
     keep = project.keep_intermediates
@@ -102,6 +105,24 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
         rows.append(Row(step, needs, peaks.get(step), tuple(lacks), advice, optional))
     shape = estimate.shape_of(model)
     formats = {kind: estimate.held_bytes(shape, kind) for kind in FORMATS}
+    return Preflight(name, formats, tuple(rows), tuple(ledger))
+
+
+def _preflight_heatmap(name: str, project: Project, machine: Machine, software: Software | None) -> Preflight:
+    model = project.heatmaps[name]
+    ledger = heatmap_ledger(model, keep_intermediates=project.keep_intermediates)
+    peaks = {entry.step: entry.peak for entry in ledger}
+    free = next(iter(machine.disk.values()))
+    rows = []
+    for step in heatmap_steps(model):
+        needs = needs_of(read_step(step), model, project)
+        if needs is None or step in SMALL:
+            continue
+        lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
+        lacks += _lacks_bitsandbytes(step, model.adapter.train.method, software) if software else []
+        advice = tuple(dict.fromkeys(word for lack in lacks for word in _heatmap_advice(step, lack, model)))
+        rows.append(Row(step, needs, peaks.get(step), tuple(lacks), advice))
+    formats = {kind: heatmap_estimate.held_bytes(model, kind) for kind in FORMATS}
     return Preflight(name, formats, tuple(rows), tuple(ledger))
 
 
@@ -186,8 +207,13 @@ def _lacks_software(step: str, name: str, model: Model, software: Software) -> I
         architecture = architecture_of(Path(model.base.path or f"bases/{name}"))
         if architecture and software.architectures and architecture not in software.architectures:
             yield f"llama.cpp: does not convert {architecture}"
-    quantized = model.adapter and model.adapter.train and model.adapter.train.method in ("int8", "qlora")
-    if step == "train_adapter" and quantized and not software.bitsandbytes.works:
+    if model.adapter and model.adapter.train:
+        yield from _lacks_bitsandbytes(step, model.adapter.train.method, software)
+
+
+def _lacks_bitsandbytes(step: str, method: str, software: Software) -> Iterator[str]:
+    trains = step in ("train_adapter", "train_heatmap")
+    if trains and method in ("int8", "qlora") and not software.bitsandbytes.works:
         yield f"bitsandbytes: {software.bitsandbytes.text}"
 
 
@@ -220,5 +246,28 @@ def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Ite
         yield "merge.device: cpu"
     elif step in ("merge_adapter", "convert_gguf", "quantize_gguf"):
         yield "quantize.path: direct"
+    else:
+        yield "close other programs"
+
+
+def _heatmap_advice(step: str, lack: str, model: HeatmapModel) -> Iterator[str]:
+    """What to change for a step of a heatmap model that does not fit, in the order of TrackNet's advice."""
+    what, train = lack.partition(":")[0], model.adapter.train
+    if what == "bitsandbytes":
+        yield "train.method: lora or full, or mend what bitsandbytes lacks"
+    elif what == "disk":
+        yield "free some disk"
+    elif step == "train_heatmap":
+        if train.per_device_train_batch_size > 1:
+            yield "a smaller train.per_device_train_batch_size"
+        if not train.gradient_checkpointing:
+            yield "train.gradient_checkpointing: true"
+        if train.method != "qlora":
+            yield "train.method: qlora"
+        if what == "GPU":
+            yield "train.offload.use_cpu_offload: true"
+        yield "a smaller heatmap.input_size, or smaller heatmap.channels"
+    elif what == "GPU":
+        yield "train.device: cpu, which evaluates there as well"
     else:
         yield "close other programs"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.cli import usable_cores
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.spec import Project
-from lib.step_needs import artifacts_of, needs_of, planned_steps, read_step
+from lib.step_needs import artifacts_of, heatmap_steps, needs_of, planned_steps, read_step
 from lib.usage import read_usage
 
 MIB = 1 << 20
@@ -38,11 +38,11 @@ def report_resources(name: str, project: Project, folder: Path = Path()) -> dict
         `seconds`, `mem_mb`, `gpu_mem_mb` of each card, and `disk_mb` of what it left; None for what is not known);
         `artifacts`, with their sizes in bytes.
     """
-    model = project.models[name]
-    ran = {file.stem: file for file in _benchmarks(folder, name)}
+    model = project.model(name)
+    shared = [LLAMA_CPP] if name in project.models else []
+    ran = {file.stem: file for file in _benchmarks(folder, name, shared)}
     rules = {read_step(step).rule for step in ran}
-    direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
-    later = [step for step in planned_steps(model, direct=direct) if read_step(step).rule not in rules]
+    later = [step for step in _planned(name, project) if read_step(step).rule not in rules]
     steps = []
     for called in (*ran, *later):
         step = read_step(called)
@@ -54,9 +54,18 @@ def report_resources(name: str, project: Project, folder: Path = Path()) -> dict
     return {"model": name, "steps": steps, "artifacts": dict(_artifacts(folder, name))}
 
 
-def _benchmarks(folder: Path, name: str) -> list[Path]:
+def _planned(name: str, project: Project) -> list[str]:
+    if name in project.heatmaps:
+        return heatmap_steps(project.heatmaps[name])
+    model = project.models[name]
+    direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
+    return planned_steps(model, direct=direct)
+
+
+def _benchmarks(folder: Path, name: str, shared: Sequence[str]) -> list[Path]:
     """The benchmark files of a model's steps, in the order in which they ended."""
-    files = [*(folder / "logs").glob(f"{LLAMA_CPP}.jsonl"), *(folder / "logs" / name).glob("*.jsonl")]
+    files = [folder / "logs" / f"{step}.jsonl" for step in shared if (folder / "logs" / f"{step}.jsonl").exists()]
+    files += (folder / "logs" / name).glob("*.jsonl")
     counted = (file for file in files if file.stem not in REPORTS)
     return sorted(counted, key=lambda file: (file.stat().st_mtime_ns, file.name))
 
@@ -87,7 +96,8 @@ def _last_record(benchmark: Path) -> dict[str, Any]:
 
 def _artifacts(folder: Path, name: str) -> Iterator[tuple[str, int]]:
     paths = [folder / "bases" / name, folder / "adapters" / name, folder / "models" / name / "merged"]
-    for path in [*paths, *sorted((folder / "models").glob(f"{name}.*.gguf"))]:
+    files = [*sorted((folder / "models").glob(f"{name}.*.gguf")), folder / "models" / f"{name}.onnx"]
+    for path in [*paths, *files]:
         if path.exists():
             yield str(path.relative_to(folder)), size_of(path)
 

@@ -223,6 +223,10 @@ class Project:
         """Of every model, of either kind."""
         return [*self.models, *self.heatmaps]
 
+    def model(self, name: str) -> Model | HeatmapModel:
+        """The model of that name, of either kind."""
+        return self.models[name] if name in self.models else self.heatmaps[name]
+
 
 def resolve_project(config: Mapping[str, Any], *, known: Iterable[str] = ()) -> Project:
     """

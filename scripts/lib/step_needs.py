@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import estimate
+from lib import estimate, heatmap_estimate
 from lib.estimate import Needs
+from lib.heatmap_spec import HeatmapModel
 from lib.quantize_path import JOIN
 from lib.spec import Model, Project
 
-SMALL = ("check_data", "check_questions", "check_documents", "check_calibration")
+SMALL = ("check_data", "check_clips", "check_questions", "check_documents", "check_calibration")
 BASE = ".base"
 
 
@@ -39,8 +40,12 @@ def read_step(log: str) -> Step:
     return Step(rule, base, tuple(types))
 
 
-def needs_of(step: Step, model: Model, project: Project, threads: int = estimate.THREADS) -> Needs | None:
+def needs_of(
+    step: Step, model: Model | HeatmapModel, project: Project, threads: int = estimate.THREADS
+) -> Needs | None:
     """What the rules say that a step needs, with so many threads if it is heavy; None of one that is no rule's."""
+    if isinstance(model, HeatmapModel):
+        return _heatmap_needs(step, model)
     if step.rule in SMALL:
         return estimate.small_needs()
     if step.rule in ("smoke_test", "answer_from_documents"):
@@ -68,9 +73,22 @@ def needs_of(step: Step, model: Model, project: Project, threads: int = estimate
     return of_all[step.rule]() if step.rule in of_all else None
 
 
+def _heatmap_needs(step: Step, model: HeatmapModel) -> Needs | None:
+    of_model = {
+        "fetch_base": heatmap_estimate.fetch_needs,
+        "make_clips": heatmap_estimate.make_clips_needs,
+        "check_clips": heatmap_estimate.check_clips_needs,
+        "train_heatmap": heatmap_estimate.train_needs,
+        "merge_heatmap": heatmap_estimate.merge_needs,
+        "export_onnx": heatmap_estimate.export_needs,
+        "evaluate_heatmap": heatmap_estimate.evaluate_needs,
+    }
+    return of_model[step.rule](model) if step.rule in of_model else None
+
+
 def artifacts_of(step: Step, name: str) -> Sequence[Path]:
     """The files and folders that a step leaves, of a model of that name; none where they are but a few lines."""
-    if step.rule in ("train_adapter", "import_adapter"):
+    if step.rule in ("train_adapter", "import_adapter", "train_heatmap"):
         return [Path("adapters", name)]
     if step.rule in ("convert_gguf", "quantize_gguf", "build_direct"):
         return [Path("models", f"{name}{step.base}.{quant}.gguf") for quant in step.types]
@@ -79,6 +97,10 @@ def artifacts_of(step: Step, name: str) -> Sequence[Path]:
         "merge_adapter": Path("models", name, "merged"),
         "compute_imatrix": Path("models", f"{name}{step.base}.imatrix.gguf"),
         "convert_adapter": Path("models", f"{name}.adapter.gguf"),
+        "make_clips": Path("work", name, "clips"),
+        "merge_heatmap": Path("models", name, "merged"),
+        "export_onnx": Path("models", f"{name}.onnx"),
+        "evaluate_heatmap": Path("reports", f"{name}.overlays"),
     }
     return [places[step.rule]] if step.rule in places else []
 
@@ -94,3 +116,9 @@ def planned_steps(model: Model, *, direct: bool) -> list[str]:
         steps += ["merge_adapter", f"convert_gguf.{model.source_type}"]
         steps += [f"quantize_gguf.{quant}"] if quant != model.source_type else []
     return [*steps, "render_modelfile"]
+
+
+def heatmap_steps(model: HeatmapModel) -> list[str]:
+    """The steps of a heatmap model's ONNX file and evaluation, in their order."""
+    drawn = ["make_clips"] if model.clips.synthetic else []
+    return [*drawn, "check_clips", "fetch_base", "train_heatmap", "merge_heatmap", "export_onnx", "evaluate_heatmap"]

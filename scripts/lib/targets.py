@@ -14,28 +14,35 @@ from lib.spec import Model, Project
 
 ADAPTER = ".adapter"  # in the name of a Modelfile over a base, and of the GGUF adapter that it names
 FOLDERS = ("bases", "adapters", "models", "ollama", "reports")
-HEATMAP_ENDINGS = (".onnx", ".eval.json")
+HEATMAP_ENDINGS = (".onnx", ".onnx.json", ".eval.json", ".overlays")
 TRAINING_ENDINGS = (".training.json", ".training.png")
 
 
+# What heatmap models have, and what they have not, by the ends of files' names.
+HEATMAP_FILES = "models/{0}.onnx, reports/{0}.eval.json, models/{0}/merged/MANIFEST.json and adapters/{0}/MANIFEST.json"
+LANGUAGE_ENDINGS = (".gguf", ".gguf.json", "Modelfile", ".chat.json", ".smoke.json", ".rag.json")
+
+
 def final_files(project: Project) -> list[str]:
-    """Default GGUF and Modelfile of every model."""
-    return [
+    """Default GGUF and Modelfile of every language model, ONNX file and evaluation of every heatmap model."""
+    files = [
         file
         for name, model in project.models.items()
         for file in (f"models/{name}.{model.default_quant}.gguf", f"models/{name}.Modelfile")
     ]
+    return files + [file for name in project.heatmaps for file in (f"models/{name}.onnx", f"reports/{name}.eval.json")]
 
 
 def report_files(project: Project) -> list[str]:
     """What the HTML report shows of every model, where it was made."""
     endings = ("training.png", "resources.png", "smoke.json", "rag.json")
-    return [f"reports/{name}.{ending}" for name in project.models for ending in endings]
+    files = [f"reports/{name}.{ending}" for name in project.models for ending in endings]
+    return files + [f"reports/{name}.{ending}" for name in project.heatmaps for ending in endings[:2]]
 
 
 def model_names(project: Project, names: Collection[str] | None = None, *, without: Iterable[str] = ()) -> str:
     """
-    A regular expression for the models' names, or some of them, in paths of files that can be made.
+    A regular expression for the language models' names, or some of them, in paths of files that can be made.
 
     A type that needs an importance matrix can be made of models that have one alone; no constraint of the type's
     own wildcard can say so, but one of the name's, which looks ahead.
@@ -63,6 +70,7 @@ def wrong_targets(project: Project) -> str:
             [name for name, model in project.models.items() if model.rag],
         )
     )
+    heatmaps = "|".join(project.heatmaps) or "(?!)"
     types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
@@ -81,8 +89,16 @@ def wrong_targets(project: Project) -> str:
         rf"reports/({asked})\.smoke\.json",
         rf"reports/({documented})\.rag\.json",
         rf"ollama/({every})\.json",
+        rf"bases/({heatmaps})(/MANIFEST\.json)?",
+        rf"adapters/({heatmaps})/(MANIFEST\.json|heatmap\.safetensors)",
+        rf"models/({heatmaps})/merged(/MANIFEST\.json)?",
+        rf"models/({heatmaps})\.onnx(\.json)?",
+        rf"reports/({heatmaps})\.(eval\.json|overlays)",
+        rf"reports/({heatmaps})\.(training|resources)\.(json|png)",
     ]
     own = [pattern for model in project.models.values() for pattern in _users_files(model)]
+    folders = [path for model in project.heatmaps.values() for path in (model.base.path, model.clips.path) if path]
+    own += [re.escape(os.path.normpath(folder)) + "/.*" for folder in folders]
     return f"(?!({'|'.join(made + own)})$)({'|'.join(FOLDERS)})/.+"
 
 
@@ -108,11 +124,14 @@ def explain_target(target: str, project: Project) -> str:
     """
     folder, _, rest = target.partition("/")
     model = re.split(r"[./]", rest, maxsplit=1)[0]
-    known = sorted(project.models)
+    known = sorted(project.names)
+    if model in project.heatmaps:
+        return f"{target}: {_explain_of_heatmap(folder, rest, model)}"
     if model not in project.models:
         return f"{target}: unknown model {model!r}{suggest(model, known)} (config.yaml has: {', '.join(known)})"
     if rest.endswith(HEATMAP_ENDINGS):
-        return f"{target}: made for heatmap models only, and {model} is a language model"
+        usual = f"models/{model}.{project.models[model].default_quant}.gguf and models/{model}.Modelfile"
+        return f"{target}: made for heatmap models only, and {model} is a language model; it has {usual}"
     if folder == "adapters" and project.models[model].adapter is None:
         return f"{target}: {model} has no adapter in config.yaml"
     if rest.endswith(TRAINING_ENDINGS):
@@ -137,6 +156,13 @@ def explain_target(target: str, project: Project) -> str:
             return f"{target}: say which type, as in models/{model}.{project.models[model].default_quant}.gguf"
         return f"{target}: {_explain_type(named['quant'], model)}"
     return f"{target}: nothing is built under that name; README.md lists the targets"
+
+
+def _explain_of_heatmap(folder: str, rest: str, model: str) -> str:
+    has = f"it has {HEATMAP_FILES.format(model)}"
+    if folder == "ollama" or rest.endswith(LANGUAGE_ENDINGS):
+        return f"made for language models only, and {model} is a heatmap model; {has}"
+    return f"nothing is built under that name of {model}, a heatmap model; {has}"
 
 
 def _explain_type(quant: str, model: str) -> str:
