@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from export_onnx import export_model
 from onnx import TensorProto, helper
 from PIL import Image
@@ -20,6 +21,7 @@ from tiny_heatmap import write_model
 
 from lib.clips import EASY, NO_BALL, ClipError, read_clips
 from lib.heatmap_onnx import METADATA
+from lib.heatmap_predictor import load_predictor
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZE = (320, 180)
@@ -195,3 +197,11 @@ def test_a_gpu_that_is_not_there(bright: Path, spotter: Path, trained: Path, tmp
         assert done.returncode == 1 and f"--device cuda: {'this onnxruntime ' if model == spotter else ''}{said}" in (
             done.stderr
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")
+def test_a_gpu_computes_the_same(trained: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 48, 64), dtype=np.uint8)
+    heatmaps = [load_predictor(trained, device=device, threads=1).compute(pixels) for device in ("cpu", "cuda")]
+    np.testing.assert_allclose(*heatmaps, atol=1e-2)  # convolutions take TF32 there

@@ -23,7 +23,7 @@ from lib.heatmap_model import COLOURS
 from lib.heatmap_onnx import INPUT, METADATA, OUTPUT, OnnxHeatmap
 from lib.typed import plain
 
-# What both of the exporters that we support (torch 2.11 and 2.13) translate to without converting afterwards.
+# What torch's translations are written for; its exporter makes any later one of it by conversion.
 OPSET = 18
 EXPORTERS = ("torch", "onnx", "onnxscript", "onnxruntime")
 # What a file can hold, a protobuf message, and what is left for everything but weights.
