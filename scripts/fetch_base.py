@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     add_json_setting(parser, "shape", definition("shape"))
     add_settings(parser, "base", without=("shape",))
-    add_setting(parser, "heatmap_base", "random")
+    add_json_setting(parser, "random", definition("heatmap_base")["properties"]["random"])
     add_setting(parser, "heatmap_base", "seed")
     run_script(parser, _work)
 
