@@ -23,6 +23,7 @@ NET_TOP, NET_FOOT = 330, 372
 RADIUS = 7.0  # of a ball in the middle of the court
 JPEG_QUALITY = 90
 BLUR_FROM = 34.0  # pixels a frame from which a ball is a streak, and hard to see
+SHUTTER = 0.4  # share of the time between two frames in which light falls
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _draw_clip(
         inside = 0 <= centre[0] < WIDTH and 0 <= centre[1] < HEIGHT
         if inside:
             _draw_ball(picture, centre, step)
-        bodies = [player.draw(picture, number) for player in players]
+        bodies = [box for player in players for box in player.draw(picture, number)]
         yield picture.resize(size, Image.Resampling.BILINEAR), _label(centre, step, flight.status[number], bodies, size)
 
 
@@ -111,8 +112,9 @@ def _fly(random: np.random.Generator, frames: int) -> Flight:
     start, far, number = _place(random, far=False), True, 0
     while number < frames:
         end = _place(random, far=far)
-        length = int(random.integers(22, 40))
-        height = random.uniform(60, 150) if random.random() < 0.75 else random.uniform(500, 900)
+        lob = random.random() < 0.25
+        length = int(random.integers(40, 60) if lob else random.integers(22, 40))
+        height = random.uniform(500, 900) if lob else random.uniform(60, 150)
         bounce = random.uniform(0.7, 0.85)
         for part in range(length):
             if number == frames:
@@ -176,7 +178,7 @@ def _draw_ball(picture: Image.Image, centre: np.ndarray, step: np.ndarray) -> No
     layer = Image.new("L", picture.size, 0)
     draw = ImageDraw.Draw(layer)
     for share in np.linspace(-0.5, 0.5, 9) if fast else (0.0,):
-        x, y = centre + step * share * 0.6
+        x, y = centre + step * share * SHUTTER
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=170 if fast else 255)
     picture.paste(BALL, mask=layer.filter(ImageFilter.GaussianBlur(1.2)))
 
@@ -191,15 +193,15 @@ class _Player:
         # Nothing like a ball's.
         self._colour = tuple(int(value) for value in random.integers((110, 30, 60), (230, 100, 230)))
 
-    def draw(self, picture: Image.Image, number: int) -> tuple[float, float, float, float]:
-        """Draw it, and tell the box that it fills: left, top, right, bottom."""
+    def draw(self, picture: Image.Image, number: int) -> list[tuple[float, float, float, float]]:
+        """Draw it, and tell the boxes of body and head: left, top, right, bottom."""
         x = self._middle + self._reach * np.sin(self._phase + self._pace * number)
         half, head = 0.16 * self._height, 0.1 * self._height
         top = self._foot - self._height
         draw = ImageDraw.Draw(picture)
         draw.rectangle((x - half, top + 2 * head, x + half, self._foot), fill=self._colour)
         draw.ellipse((x - head, top, x + head, top + 2 * head), fill=(196, 156, 124))
-        return x - half, top + 2 * head, x + half, self._foot
+        return [(x - half, top + 2 * head, x + half, self._foot), (x - head, top, x + head, top + 2 * head)]
 
 
 def _size(text: str) -> tuple[int, int]:
