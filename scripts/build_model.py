@@ -139,6 +139,8 @@ def _work(arguments: argparse.Namespace) -> None:
     settings = parse_settings(arguments.set, section="model")
     if "adapter" in settings:
         raise UsageError("--set adapter: the adapter is what --adapter says, and nothing is trained")
+    if settings.get("kind") == "heatmap":
+        raise UsageError("--set kind: Modelfiles are made of language models; heatmap models stand in config.yaml")
     configs = [*(path for path in [CONFIG] if path.is_file()), *arguments.config]
     adapter = choose_adapter(arguments.adapter, latest_in=arguments.latest_in)
     name = choose_name(arguments.name, adapter=adapter)

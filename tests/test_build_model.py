@@ -139,6 +139,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         2,
         "config.yaml has a model 'tiny', whose adapter would be lost; say another --name",
     ),
+    "another kind": (["--adapter", "outputs/a/final", "--set", "kind=heatmap"], 2, "are made of language models"),
     "name of another form": (["--adapter", "outputs/a/final", "--name", "A b"], 1, "A b"),
     "unknown model to be like": (["--adapter", "outputs/a/final", "--like", "tyni"], 2, "did you mean 'tiny'?"),
     "no such config": (["--adapter", "outputs/a/final", "--config", "gone.yaml"], 1, "gone.yaml"),

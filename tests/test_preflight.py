@@ -260,3 +260,26 @@ def test_a_limit_clips_neither_a_plan_nor_a_run(tmp_path: Path) -> None:
     assert "train_adapter deepseek32b needs gpu=2, --resources allows 1\n" in done.stderr
     assert "train_adapter deepseek32b needs mem_mb=6672, --resources allows 1000\n" in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_a_heatmap_model_has_its_own_steps(project: Project, reference: Machine) -> None:
+    plan = preflight("tracknet-demo", project, reference)
+    steps = [row.step for row in plan.rows]
+    assert steps == ["make_clips", "fetch_base", "train_heatmap", "merge_heatmap", "export_onnx", "evaluate_heatmap"]
+    assert plan.fits and all(row.peak for row in plan.rows)
+    sizes = [plan.formats[kind] for kind in ("fp32", "fp16", "int8", "4-bit")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [entry.step for entry in plan.ledger] == steps
+
+
+def test_advice_for_a_heatmap_model_is_in_the_documents_order(project: Project, reference: Machine) -> None:
+    """Smaller batches first, then checkpointing, then offloading, as the trouble-shooting of the source has it."""
+    name, model = "tracknet-demo", project.heatmaps["tracknet-demo"]
+    train = replace(model.adapter.train, device="cuda", method="int8", per_device_train_batch_size=256)
+    asked = replace(project, heatmaps={name: replace(model, adapter=replace(model.adapter, train=train))})
+    small = replace(reference, cards=(Card("small", 10**9),))
+    (row,) = (row for row in preflight(name, asked, small).rows if row.step == "train_heatmap")
+    assert [lack.partition(":")[0] for lack in row.lacks] == ["GPU"]
+    words = ["per_device_train_batch_size", "gradient_checkpointing", "method: qlora", "use_cpu_offload", "input_size"]
+    assert len(row.advice) == len(words)
+    assert all(word in advice for word, advice in zip(words, row.advice, strict=True))

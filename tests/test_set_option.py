@@ -70,7 +70,7 @@ def test_every_setting_of_the_shipped_config_has_a_place() -> None:
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     for model in config["models"].values():
         words = [f"{path}={yaml.safe_dump(value, default_flow_style=True)}" for path, value in leaves(model, "")]
-        settings = parse_settings(words, section="model")
+        settings = parse_settings(words, section="heatmap_model" if "kind" in model else "model")
         assert settings == model
         assert mistakes_in({"models": {"m": settings}}, schema()) == []
 

@@ -16,7 +16,7 @@ from tiny_adapter import write_constants
 from lib.cli import usable_cores
 from lib.config_file import read_project
 from lib.quantize_path import QuantizedFile, QuantizePaths
-from lib.step_needs import Step, artifacts_of, needs_of, planned_steps, read_step
+from lib.step_needs import Step, artifacts_of, heatmap_steps, needs_of, planned_steps, read_step
 
 BASE = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 TRAIN = {"train": {**tiny.TRAIN, "data": "train.jsonl"}}
@@ -31,10 +31,17 @@ MODELS = {
     "direct": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "direct"}},
     "taken": {"base": BASE, "adapter": {"path": "given"}, "quantize": {"types": ["f16"]}},
 }
+BACKBONE = {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}
+HEATMAP = {"kind": "heatmap", "base": {"random": BACKBONE}, "heatmap": {"model": "vit_heatmap"}}
+HEATMAPS = {
+    "drawn": {**HEATMAP, "clips": {"synthetic": {}}, "adapter": {"train": {"method": "int8"}}},
+    "filmed": {**HEATMAP, "clips": {"path": "tennis"}, "adapter": {"train": {"device": "cpu"}}},
+}
 TARGETS = [
     "models/staged.Modelfile", "models/staged.base.q4_k_m.gguf", "models/staged.q8_0.Modelfile",
     "models/staged.adapter.gguf", "ollama/staged.json", "reports/staged.smoke.json", "reports/staged.rag.json",
     "models/direct.Modelfile", "models/direct.q4_k_m.gguf", "models/direct.q8_0.gguf", "models/taken.Modelfile",
+    "models/drawn.onnx", "reports/drawn.eval.json", "models/filmed.onnx", "reports/filmed.eval.json",
 ]  # fmt: skip
 
 
@@ -47,7 +54,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("ask.jsonl").write_text('{"question": "What?", "expect": [["that"]]}\n')
     Path("notes").mkdir()
     Path("notes/a.md").write_text("Text.")
-    Path("config.yaml").write_text(yaml.safe_dump({"hardware": {"gpus": [24]}, "models": MODELS}))
+    Path("tennis/game1/Clip1").mkdir(parents=True)
+    Path("tennis/game1/Clip1/Label.csv").write_text("")
+    Path("config.yaml").write_text(yaml.safe_dump({"hardware": {"gpus": [24]}, "models": MODELS | HEATMAPS}))
     return tmp_path
 
 
@@ -61,14 +70,15 @@ def test_needs_are_those_of_the_rules(workplace: Path) -> None:
         log = re.search(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", block)
         asked = dict(each.split("=", 1) for each in re.search(r"\n    resources: (.*)", block)[1].split(", "))
         step = read_step(log[2])
-        needs = needs_of(step, project.models[log[1] or "staged"], project, usable_cores())
+        needs = needs_of(step, project.model(log[1] or "staged"), project, usable_cores())
         assert {name: str(getattr(needs, name)) for name in NEEDS} == {name: asked[name] for name in NEEDS}, log[2]
         seen.add(step.rule)
     assert seen == {
         "build_llama_cpp", "fetch_base", "check_base", "check_data", "train_adapter", "import_adapter",
         "convert_adapter", "merge_adapter", "convert_gguf", "check_calibration", "compute_imatrix", "quantize_gguf",
         "build_direct", "render_modelfile", "check_questions", "smoke_test", "check_documents",
-        "answer_from_documents", "register_model",
+        "answer_from_documents", "register_model", "make_clips", "check_clips", "train_heatmap", "merge_heatmap",
+        "export_onnx", "evaluate_heatmap",
     }  # fmt: skip
 
 
@@ -84,6 +94,16 @@ def test_planned_steps_are_those_of_all(workplace: Path) -> None:
         assert set(planned_steps(model, direct=direct)) == steps - {"check_calibration", "compute_imatrix"}
 
 
+def test_planned_steps_of_heatmap_models_are_those_of_all(workplace: Path) -> None:
+    project = read_project([Path("config.yaml")], {})
+    files = [file for name in HEATMAPS for file in (f"models/{name}.onnx", f"reports/{name}.eval.json")]
+    done = run_snakemake(workplace, "-n", *files)
+    planned = re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr)
+    for name, model in project.heatmaps.items():
+        assert sorted(heatmap_steps(model)) == sorted(step for owner, step in planned if owner == name)
+    assert "make_clips" not in heatmap_steps(project.heatmaps["filmed"])
+
+
 @pytest.mark.parametrize(
     ("log", "step", "artifacts"),
     [
@@ -96,6 +116,8 @@ def test_planned_steps_are_those_of_all(workplace: Path) -> None:
             Step("build_direct", "", ("q4_k_m", "q8_0")),
             ["models/m.q4_k_m.gguf", "models/m.q8_0.gguf"],
         ),
+        ("train_heatmap", Step("train_heatmap"), ["adapters/m"]),
+        ("export_onnx", Step("export_onnx"), ["models/m.onnx"]),
         ("render_modelfile.q8_0", Step("render_modelfile", "", ("q8_0",)), []),
     ],
 )

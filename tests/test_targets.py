@@ -27,6 +27,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "adapters/talks.jsonl",
         "reports/asked.jsonl",
         "reports/notes/a.md",
+        "models/clips/game1/Clip1/Label.csv",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
@@ -56,6 +57,13 @@ def project(workplace: Path) -> Project:
             "quantize": {"imatrix": {"text": "models/read.txt"}},
             "rag": {"documents": "reports/notes", "questions": "asked.jsonl"},
         },
+        tennis={
+            "kind": "heatmap",
+            "base": {"random": {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}},
+            "clips": {"path": "models/clips"},
+            "heatmap": {"model": "vit_heatmap"},
+            "adapter": {"train": {}},
+        },
     )
 
 
@@ -76,6 +84,8 @@ def test_final_files(project: Project) -> None:
         "models/taken.Modelfile",
         "models/weighed.q4_k_m.gguf",
         "models/weighed.Modelfile",
+        "models/tennis.onnx",
+        "reports/tennis.eval.json",
     ]
     assert not any(is_wrong(file, project) for file in final_files(project))
 
@@ -83,7 +93,8 @@ def test_final_files(project: Project) -> None:
 def test_report_files(project: Project) -> None:
     files = report_files(project)
     assert "reports/plain.resources.png" in files and "reports/weighed.rag.json" in files
-    assert len(files) == len(set(files)) == 4 * len(project.models)
+    assert len(files) == len(set(files)) == 4 * len(project.models) + 2 * len(project.heatmaps)
+    assert {"reports/tennis.training.png", "reports/tennis.resources.png"} <= set(files)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +135,14 @@ def test_report_files(project: Project) -> None:
         "reports/notes/a.md",
         "reports/tuned.smoke.json",
         "reports/taken.smoke.json",
+        "bases/tennis/MANIFEST.json",
+        "adapters/tennis/heatmap.safetensors",
+        "models/tennis/merged/MANIFEST.json",
+        "models/tennis.onnx.json",
+        "models/clips/game1/Clip1/Label.csv",
+        "reports/tennis.overlays",
+        "reports/tennis.training.json",
+        "reports/tennis.resources.png",
         # Outside our folders: other rules', the user's, Snakemake's.
         "logs/tuned/merge_adapter.log",
         "work/tuned/data.json",
@@ -140,9 +159,9 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
     [
         (
             "models/tunned.q4_k_m.gguf",
-            ["unknown model 'tunned'", "did you mean 'tuned'?", "plain, silent, taken, tuned"],
+            ["unknown model 'tunned'", "did you mean 'tuned'?", "plain, silent, taken, tennis, tuned"],
         ),
-        ("models/other.Modelfile", ["unknown model 'other'", "plain, silent, taken, tuned"]),
+        ("models/other.Modelfile", ["unknown model 'other'", "plain, silent, taken, tennis, tuned"]),
         ("bases/other/MANIFEST.json", ["unknown model 'other'"]),
         ("reports/tuned-v2.smoke.json", ["unknown model 'tuned-v2'", "did you mean 'tuned'?"]),
         ("models/tuned.q4km.gguf", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
@@ -155,7 +174,31 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("models/tuned.imatrix.gguf", ["tuned has no importance matrix; set models.tuned.quantize.imatrix.text"]),
         ("models/weighed.iq2_xz.gguf", ["unknown type 'iq2_xz'"]),
         ("models/tuned.iq2_xs.Modelfile", ["iq2_xs needs an importance matrix"]),
-        ("models/tuned.onnx", ["heatmap", "tuned is a language model"]),
+        ("models/tuned.onnx", ["heatmap", "tuned is a language model", "it has models/tuned.q4_k_m.gguf and"]),
+        ("models/tuned.onnx.json", ["heatmap", "tuned is a language model"]),
+        ("reports/tuned.overlays", ["heatmap", "tuned is a language model"]),
+        *(
+            (
+                file,
+                ["language models only, and tennis is a heatmap model; it has models/tennis.onnx, reports/tennis.ev"],
+            )
+            for file in (
+                "models/tennis.q4_k_m.gguf",
+                "models/tennis.f16.gguf.json",
+                "models/tennis.base.q4_k_m.gguf",
+                "models/tennis.Modelfile",
+                "models/tennis.q8_0.Modelfile",
+                "ollama/tennis.json",
+                "reports/tennis.smoke.json",
+                "reports/tennis.rag.json",
+                "reports/tennis.chat.json",
+            )
+        ),
+        ("models/tennis.onx", ["nothing is built under that name of tennis, a heatmap model; it has models/tennis.on"]),
+        (
+            "models/tenis.onnx",
+            ["unknown model 'tenis'", "did you mean 'tennis'?", "plain, silent, taken, tennis, tuned"],
+        ),
         ("reports/tuned.eval.json", ["heatmap", "tuned is a language model"]),
         ("adapters/plain/MANIFEST.json", ["plain has no adapter in config.yaml"]),
         ("adapters/plain/adapter_model.safetensors", ["plain has no adapter in config.yaml"]),
@@ -221,6 +264,7 @@ def test_names_of_models_in_paths(project: Project) -> None:
         "models/weighed.iq2_xs.gguf": True,
         "models/weighed.base.iq2_xs.gguf": True,
         "models/other.q4_k_m.gguf": False,
+        "models/tennis.q4_k_m.gguf": False,
     }.items():
         assert (path.fullmatch(file) is not None) == fits, file
 

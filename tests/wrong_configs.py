@@ -8,6 +8,7 @@ from tiny import SHAPE
 from tiny_adapter import CONFIG, WEIGHTS
 
 SIZES = json.dumps(SHAPE)
+VIT = "{model_type: vit, hidden_size: 96, num_hidden_layers: 2, num_attention_heads: 3, patch_size: 8}"
 GOOD = f"""
 hardware: {{gpus: [24], ram: 48, disk: 100}}
 models:
@@ -19,6 +20,12 @@ models:
     ollama: {{}}
     smoke: {{questions: asked.jsonl}}
     rag: {{documents: notes, questions: asked.jsonl}}
+  t:
+    kind: heatmap
+    base: {{random: {VIT}}}
+    clips: {{synthetic: {{}}}}
+    heatmap: {{model: vit_heatmap}}
+    adapter: {{train: {{}}}}
 """
 OTHER = f"{{base: {{hub: maker/model, revision: main, shape: {SIZES}}}, ollama: %s}}"
 BASE_ALONE = {"base": {"path": "own"}}
@@ -27,6 +34,11 @@ SOURCES = "give exactly one of: hub, path, gguf, pypi with member with sha256"
 SWITCH = "YAML reads on, off, yes and no as true and false"
 FORM = "is not of the form: "
 MATRIX = "needs an importance matrix; set models.m.quantize.imatrix.text, or take a larger type"
+
+OF_LANGUAGE = "language models have it, and this is a heatmap model (kind): take it out"
+OF_HEATMAPS = "heatmap models have it, and this is a language model: take it out, or set kind: heatmap"
+BACKBONES = "give exactly one of: hub, path, random"
+TENNIS = "models.t.clips: {path: tennis, eval_games: [%s]}"
 
 # what: (the broken lines of config.yaml; what is said of them, the remedy with it; the key that is named, if it is not
 # the first of these lines'). "m." stands for "models.m.", "train." for "models.m.adapter.train.".
@@ -414,4 +426,158 @@ TABLE: dict[str, tuple[str, ...]] = {
     "missing questions about documents": ("m.rag.questions: gone.jsonl", "there is no file gone.jsonl"),
     "no documents": ("m.rag.documents: folder", "there is no folder folder with documents (.md, .txt) in it"),
     "document with braces": ("m.rag.documents: braced", "Snakemake takes braces for wildcards; rename braced/a{b}.md"),
+    # Heatmap models
+    "misspelt kind": ("models.t.kind: heatmaps", "none of language, heatmap; did you mean 'heatmap'?"),
+    "kind that is null": ("models.t.kind:", "None is none of language, heatmap"),
+    "types of a heatmap model": ("models.t.quantize: {}", f"unknown key 'quantize'; {OF_LANGUAGE}", "models.t"),
+    "Modelfile of a heatmap model": ("models.t.ollama: {}", f"unknown key 'ollama'; {OF_LANGUAGE}", "models.t"),
+    "conversations for a heatmap model": (
+        "models.t.adapter.train.data: talks.jsonl",
+        f"unknown key 'data'; {OF_LANGUAGE}",
+        "models.t.adapter.train",
+    ),
+    "shards of a heatmap model": (
+        "models.t.merge: {max_shard_size: 5}",
+        f"unknown key 'max_shard_size'; {OF_LANGUAGE}",
+    ),
+    "adapter for a heatmap model": (
+        "models.t.adapter.path: given",
+        f"unknown key 'path'; {OF_LANGUAGE}",
+        "models.t.adapter",
+    ),
+    "clips of a language model": ("m.clips: {path: tennis}", f"unknown key 'clips'; {OF_HEATMAPS}", "m"),
+    "heatmap of a language model": ("m.heatmap: {}", f"unknown key 'heatmap'; {OF_HEATMAPS}", "m"),
+    "mirroring of conversations": ("train.flip: 0.5", f"unknown key 'flip'; {OF_HEATMAPS}", "train"),
+    "adapter that is off, of a language model": (
+        "train.lora: {enabled: false}",
+        f"unknown key 'enabled'; {OF_HEATMAPS}",
+    ),
+    "misspelt section of a heatmap model": (
+        "models.t.evaluations: {}",
+        "unknown key 'evaluations'; did you mean 'evaluation'?",
+        "models.t",
+    ),
+    "misspelt setting of the decoder": (
+        "models.t.heatmap.fpn_channel: 8",
+        "unknown key 'fpn_channel'; did you mean 'fpn_channels'?",
+        "models.t.heatmap",
+    ),
+    "no backbone": ("models.t.base: {}", BACKBONES),
+    "two backbones": ("models.t.base.path: backbone", BACKBONES, "models.t.base"),
+    "backbone without its family": (
+        "models.t.base: {random: {hidden_size: 8}}",
+        "missing key 'model_type'",
+        "models.t.base.random",
+    ),
+    "backbone without sizes": (
+        "models.t.base: {random: {model_type: vit}}",
+        "gives neither hidden_size, num_hidden_layers and patch_size of a ViT nor depths and hidden_sizes of a",
+        "models.t.base.random",
+    ),
+    "backbone of the Hub without its shape": (
+        "models.t.base: {hub: a/b, revision: main}",
+        "'shape' is a dependency of 'hub': they belong together",
+    ),
+    "seed of what is not random": (
+        "models.t.base: {path: backbone, seed: 1}",
+        "'random' is a dependency of 'seed': they belong together",
+    ),
+    "missing backbone": ("models.t.base: {path: absent}", "there is no folder absent", "models.t.base.path"),
+    "backbone without its config": (
+        "models.t.base: {path: folder}",
+        "there is no file folder/config.json",
+        "models.t.base.path",
+    ),
+    "language model for a backbone": ("models.t.base: {path: own}", "describes no backbone: ", "models.t.base.path"),
+    "backbone that is its own result": (
+        "models.t.base: {path: models/t/merged}",
+        "models/t/merged is made from t itself (t from t); name the original base",
+        "models.t.base.path",
+    ),
+    "heads that do not share the width": (
+        "models.t.base.random.num_attention_heads: 5",
+        "96 of hidden_size are no multiple of 5; give a divisor",
+    ),
+    "stages that do not match": (
+        "models.t.base: {random: {model_type: convnext, depths: [1, 2], hidden_sizes: [8]}}\n"
+        "models.t.heatmap.model: convnext_fpn_heatmap",
+        "depths has 2 entries and hidden_sizes 1; each stage has one of both",
+        "models.t.base.random",
+    ),
+    "ViT for a pyramid": (
+        "models.t.heatmap.model: convnext_fpn_heatmap",
+        "needs a backbone with depths and hidden_sizes, which the base (vit) does not have; take vit_heatmap",
+    ),
+    "ConvNeXt for a decoder of patches": (
+        "models.t.base: {path: stages}",
+        "needs a backbone with hidden_size, num_hidden_layers and patch_size, which the base (convnext) does not",
+        "models.t.heatmap.model",
+    ),
+    "no model around the backbone": ("models.t.heatmap: {}", "missing key 'model'"),
+    "no training of a heatmap model": ("models.t.adapter: {}", "missing key 'train'"),
+    "empty training of a heatmap model": ("models.t.adapter.train:", "found null; give it a value"),
+    "size of one number": ("models.t.heatmap.input_size: [512]", f"[512] {FORM}width and height, as in [512, 288]"),
+    "size of three": ("models.t.heatmap.heatmap_size: [3, 256, 144]", f"{FORM}width and height"),
+    "stages of unlike number": (
+        "models.t.heatmap.channels: [8, 4]",
+        "channels has 2 entries and factors 3; each stage of the decoder has one of both, so give as many",
+        "models.t.heatmap",
+    ),
+    "no stage": ("models.t.heatmap.factors: []", "is an empty list; give at least one entry"),
+    "two sources of clips": ("models.t.clips.path: tennis", "give exactly one of: path, synthetic", "models.t.clips"),
+    "no source of clips": ("models.t.clips: {eval_games: []}", "give exactly one of: path, synthetic"),
+    "missing clips": ("models.t.clips: {path: absent}", "there is no folder absent", "models.t.clips.path"),
+    "clips in another layout": (
+        "models.t.clips: {path: tennis/game1}",
+        "tennis/game1 has no game*/Clip*/Label.csv, TrackNet's layout; name the folder above game1",
+        "models.t.clips.path",
+    ),
+    "game that is not drawn": ("models.t.clips.eval_games: [game5]", "there is no game5; did you mean 'game4'?"),
+    "game that is not there": (
+        TENNIS % "game3",
+        "there is no game3; did you mean 'game2'?",
+        "models.t.clips.eval_games",
+    ),
+    "every game held out": (
+        TENNIS % "game1, game2",
+        "every game is held out, and none is left to learn from; take one out",
+        "models.t.clips.eval_games",
+    ),
+    "longer sequences than clips": (
+        "models.t.heatmap.frames: 61",
+        "61 are looked at together, and clips.synthetic.frames draws 60 of each clip; lower this, or raise that",
+    ),
+    "no adapter on 4 bits": (
+        "models.t.adapter.train: {method: qlora, lora: {enabled: false}}",
+        "lora.enabled: false is for a frozen 8-bit backbone, and method is qlora; take method: int8",
+    ),
+    "no adapter and nothing quantized": (
+        "models.t.adapter.train: {lora: {enabled: false}}",
+        "method is full; take method: int8, or leave the adapter on",
+    ),
+    "8 bits beside another method": (
+        "models.t.adapter.train: {quantization: {load_in_8bit: true}}",
+        "method is full (as configured, or the default), but quantization.load_in_8bit is true; they have to agree",
+    ),
+    "4 and 8 bits of a backbone": (
+        "models.t.adapter.train: {quantization: {load_in_4bit: true, load_in_8bit: true}}",
+        "load_in_4bit and load_in_8bit are both true; take one",
+    ),
+    "best of games that nobody holds out": (
+        "models.t.adapter.train: {load_best_model_at_end: true}",
+        "needs held-out games to tell which is best; set clips.eval_games",
+        "models.t.adapter.train.load_best_model_at_end",
+    ),
+    "parts larger than a method's batch": (
+        "models.t.adapter.train: {method: qlora, micro_batching: {min_micro_batch_size: 8}}",
+        "8 samples are more than the 4 that are tried first; lower it",
+        "models.t.adapter.train.micro_batching.min_micro_batch_size",
+    ),
+    "task of another family": (
+        "models.t.adapter.train: {lora: {task_type: CAUSAL_LM}}",
+        "'CAUSAL_LM' is none of FEATURE_EXTRACTION",
+        "models.t.adapter.train.lora.task_type",
+    ),
+    "method that is none for heatmaps": ("models.t.adapter.train.method: auto", "'auto' is none of full, lora, int8"),
+    "threshold in percent": ("models.t.evaluation: {threshold: 50}", "50 is greater", "models.t.evaluation.threshold"),
 }

@@ -68,6 +68,8 @@ def request_model(
         raise UsageError(f"config.yaml has a model {name!r}, whose adapter would be lost; say another --name")
     if like is not None and like not in models:
         raise UsageError(f"--like: unknown model {like!r}{suggest(like, list(models))}")
+    if like is not None and models[like].get("kind") == "heatmap":
+        raise UsageError(f"--like: {like} is a heatmap model, and Modelfiles are made of language models")
     if base is None and like is not None:
         known = {like: known[like]}
         base = next(known[like][key] for key in ("hub", "path", "gguf", "pypi") if key in known[like])
