@@ -61,7 +61,7 @@ def merge_heatmap(
     origin = {
         "base": {"digest": held["digest"], "origin": held["origin"]},
         "adapter": {"digest": learned["digest"], "origin": learned["origin"]},
-        "merge": {"dtype": dtype},
+        "merge": {"base_weights": "original", "dtype": dtype},
     }
     with scratch_beside(output) as scratch, finished_folder(output, inputs=[base, adapter]) as partial:
         tensors = _tensors(base, adapter, trained=adapter / TRAINED, scratch=scratch)

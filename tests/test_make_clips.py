@@ -58,6 +58,7 @@ def test_the_ball_is_where_the_table_says(drawn: Path) -> None:
                 distances.append(np.hypot(found[0] - frame.ball[0], found[1] - frame.ball[1]))
     assert len(distances) > 80
     assert np.quantile(distances, 0.9) < 0.5
+    assert max(distances) < 5  # none is hidden
 
 
 def test_all_kinds_of_visibility_are_there(drawn: Path) -> None:

@@ -37,7 +37,7 @@ def find_artifact(path: Path, *, manifest: Path | None = None) -> Artifact:
     The artifact that a path stands for.
 
     Args:
-        path: a folder with its manifest, a GGUF file, the manifest of either, or a Modelfile.
+        path: a folder with its manifest, a GGUF or ONNX file, the manifest of either, or a Modelfile.
         manifest: of the folder `path`, where it is kept elsewhere.
 
     Raises:
@@ -48,7 +48,7 @@ def find_artifact(path: Path, *, manifest: Path | None = None) -> Artifact:
         return _folder_with(path, manifest)
     if path.name == NAME and is_there(path):
         return Artifact(path.parent, path, is_folder=True)
-    if path.name.endswith(".gguf.json") and is_there(path):
+    if path.name.endswith((".gguf.json", ".onnx.json")) and is_there(path):
         return Artifact(path.with_name(path.name.removesuffix(".json")), path, is_folder=False)
     if _is_folder(path):
         if not is_there(path / NAME):

@@ -12,12 +12,19 @@ from lib.jsonfile import digest_json
 from lib.manifest import FILE_KEYS, FOLDER_KEYS, NAME, is_sha256, read_manifest
 from lib.provenance import merge_policy
 
+GGUF, ONNX = "gguf", "onnx"
 # What an artifact can be made from, with the kind of artifact that it is itself; nearest first.
-ROLES = {"source": "gguf", "merged": "merged", "adapter": "adapter", "base": "base"}
+ROLES = {"source": GGUF, "merged": "merged", "adapter": "adapter", "base": "base"}
 # What people read for those whose own name says too little.
-TITLES = {"gguf": "GGUF", "merged": "merged checkpoint", "source": "16-bit GGUF"}
+TITLES = {GGUF: "GGUF", ONNX: "ONNX", "merged": "merged checkpoint", "source": "16-bit GGUF"}
 # What the origin of each kind has to name.
-NEEDED = {"gguf": ("type", "llama_cpp"), "merged": ("base", "merge"), "adapter": ("base",), "base": ("kind", "name")}
+NEEDED = {
+    GGUF: ("type", "llama_cpp"),
+    ONNX: ("merged", "opset"),
+    "merged": ("base", "merge"),
+    "adapter": ("base",),
+    "base": ("kind", "name"),
+}
 # Where the workflow keeps the manifest of each.
 PLACES = {"base": "bases/{model}", "adapter": "adapters/{model}", "merged": "models/{model}/merged"}
 LORA = "lora"  # the type of an adapter's own GGUF, which is merged into nothing
@@ -101,7 +108,8 @@ def usual_manifest(path: Path, *, artifact: str, link: Link) -> Path | None:
     if link.role == "source":
         return path.with_name(f"{link.name}.json")
     model, home, expected = {
-        "gguf": (place.name.partition(".")[0], place.parent, "models"),
+        GGUF: (place.name.partition(".")[0], place.parent, "models"),
+        ONNX: (place.name.partition(".")[0], place.parent, "models"),
         "merged": (place.parent.name, place.parent.parent, "models"),
         "adapter": (place.name, place.parent, "adapters"),
         "base": (place.name, place.parent, "bases"),
@@ -137,7 +145,9 @@ def tell_origin(origin: Mapping[str, Any] | None, *, artifact: str) -> str:
     """In a few words what a sound origin says of an artifact beside the links of its chain; empty for nothing."""
     if origin is None:
         return "of unknown origin"
-    if artifact == "gguf":
+    if artifact == ONNX:
+        return f"opset {origin['opset']}"
+    if artifact == GGUF:
         made = f"{origin['type']}, by llama.cpp {origin['llama_cpp']}"
         # Of one that was built directly; else the merged checkpoint of its chain tells how it was merged.
         return f"{made}, {merge_policy(origin['merge'])}" if origin.get("adapter") and origin.get("merge") else made
@@ -158,7 +168,7 @@ def short(digest: str) -> str:
 
 def _links(origin: Mapping[str, Any], *, artifact: str, where: str, problems: list[str]) -> Iterator[Link]:
     lacking = [key for key in NEEDED[artifact] if origin.get(key) is None]
-    if artifact == "gguf" and not any(origin.get(role) for role in ROLES):
+    if artifact == GGUF and not any(origin.get(role) for role in ROLES):
         lacking.append("what it was made from")
     if origin.get("adapter") and origin.get("type") != LORA and not (origin.get("merge") or origin.get("merged")):
         lacking.append("merge")
@@ -207,6 +217,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{key: ("an object", _is_object) for key in ("settings", "versions", "four_bit")},
     **{key: ("name and sha256 of a file", _is_data) for key in ("data", "eval_data")},
     **{key: ("digest and origin", _is_identity) for key in ("base", "adapter", "merged")},
+    "opset": ("a whole number", lambda value: type(value) is int),
     "source": ("name, sha256 and origin", _is_source),
     "merge": ("base_weights and dtype", _is_policy),
 }

@@ -23,6 +23,7 @@ from lib.manifest import (
     size_problem,
 )
 from lib.origin import (
+    GGUF,
     LORA,
     ROLES,
     TITLES,
@@ -99,13 +100,14 @@ def _check_file(path: Path, manifest: Path, report: Report, *, threads: int) -> 
     named = described.get("name")
     if named != path.name:
         report.problems.append(f"{manifest.name} describes a file of another name: {named!r}")
-    chain = read_chain(described["origin"] or {}, artifact="gguf")
-    _tell(report, "gguf", f"{_megabytes(described['size'])}, sha256 {short(described['sha256'])}", described, chain)
+    kind = described.get("artifact", GGUF)
+    chain = read_chain(described["origin"] or {}, artifact=kind)
+    _tell(report, kind, f"{_megabytes(described['size'])}, sha256 {short(described['sha256'])}", described, chain)
     facts = {key: described[key] for key in ("size", "sha256")}
     report.problems += changed_files(path.parent, {path.name: facts}, threads=threads)
-    if path.is_file():
+    if path.is_file() and kind == GGUF:
         report.problems += _header_problems(path, described["origin"], sound=not chain.problems)
-    _check_chain(path, "gguf", chain, report)
+    _check_chain(path, kind, chain, report)
 
 
 def _check_folder(folder: Path, manifest: Path, report: Report, *, threads: int) -> None:
