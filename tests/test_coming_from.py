@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import forked_script
+import heatmap_runs
 import pytest
 import tiny
 import yaml
@@ -68,6 +69,8 @@ def find_commands() -> list[str]:
 
 
 COMMANDS = find_commands()
+KINDS = ("model", "heatmap_model")
+SMALL_HEATMAP = ["--input-size", "96", "48", "--heatmap-size", "48", "24"]
 LEAST = {"models": {"m": {"base": {"path": "base"}}}}
 
 
@@ -86,6 +89,9 @@ def place(built: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
     write_constants(folder / "outputs/lora_xxxxx", value=0.01, base_model_name_or_path=str(tiny_base))
     (folder / "bases/mine").symlink_to(tiny_base)
     (folder / "data").mkdir()
+    heatmap_runs.write_base(folder / "bases/tennis")
+    heatmap_runs.write_base(folder / "bases/convnext", "convnext")
+    heatmap_runs.write_clips(folder / "data/tracknet")
     tiny.write_data(folder / "data/mine.jsonl", repeats=2)
     (folder / "notes").mkdir()
     (folder / "notes/a.md").write_text("Snakemake builds the model.\n")
@@ -115,6 +121,20 @@ def train(place: Path, words: list[str]) -> None:
     assert config["r"] == (int(words[words.index("--r") + 1]) if "--r" in words else 16)
 
 
+def train_heatmap(place: Path, words: list[str]) -> None:
+    """One update on the CPU, likewise."""
+    folder = words[words.index("--output") + 1]
+    options = [*words[2:], "--device=cpu", "--max-steps=1", *SMALL_HEATMAP]
+    output = place / f"{Path(folder).name}.txt"
+    status, said = forked_script.run_script("train_heatmap.py", *options, output=output, before=os.chdir, path=place)
+    assert status == 0, said
+    manifest = json.loads((place / folder / "MANIFEST.json").read_text())
+    settings = manifest["origin"]["settings"]
+    assert settings["method"] == words[words.index("--method") + 1]
+    assert settings["model"] == words[words.index("--model") + 1]
+    assert settings["lora"]["r"] == (int(words[words.index("--r") + 1]) if "--r" in words else 16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_runs(command: str, place: Path, server: FakeOllama) -> None:
@@ -126,13 +146,22 @@ def test_the_command_runs(command: str, place: Path, server: FakeOllama) -> None
     if words[:2] == ["python", "scripts/train_adapter.py"]:
         train(place, words)
         return
-    known = {"python scripts/build_model.py", "python scripts/preflight.py", "python scripts/compare_methods.py"}
+    if words[:2] == ["python", "scripts/train_heatmap.py"]:
+        train_heatmap(place, words)
+        return
+    known = {
+        "python scripts/compare_heatmaps.py",
+        "python scripts/build_model.py",
+        "python scripts/preflight.py",
+        "python scripts/compare_methods.py",
+    }
     assert words[0] in ("snakemake", "tensorboard") or " ".join(words[:2]) in known, "nothing here runs this command"
     changed = {"mine": "tiny"} if words[0] in ("snakemake", "tensorboard") or "--like" in words else {}
     words = [re.sub(r"\bmine\b", changed.get("mine", "mine"), word) for word in words]
     words += {
         "tensorboard": ["--inspect"],  # else it would serve for ever
         "scripts/compare_methods.py": ["--methods=lora", "--max-steps=2", "--save-steps=0", "--max-length=64"],
+        "scripts/compare_heatmaps.py": ["--methods=full", "--max-steps=1", "--device=cpu", *SMALL_HEATMAP],
         "scripts/preflight.py": ["--config", str(ROOT / "config.yaml")],
     }.get(words[1] if words[0] == "python" else words[0], [])
     done = run(ROOT if words[1:2] == ["scripts/preflight.py"] else place, server, *words)
@@ -145,7 +174,7 @@ def test_the_command_runs(command: str, place: Path, server: FakeOllama) -> None
 
 def test_there_are_commands_for_each_of_theirs() -> None:
     assert len(COMMANDS) > 15
-    for program in ("build_model.py", "preflight.py", "train_adapter.py", "compare_methods.py", "tensorboard"):
+    for program in ("build_model.py", "preflight.py", "train_adapter.py", "train_heatmap.py", "tensorboard"):
         assert any(program in command for command in COMMANDS), program
 
 
@@ -180,7 +209,7 @@ def test_everything_of_theirs_is_mapped() -> None:
 
 def settings_in(text: str) -> list[tuple[str, str | None]]:
     """Our settings that a text names, with the values that it gives them."""
-    ours = {*schema()["properties"], *schema()["$defs"]["model"]["properties"]}
+    ours = {*schema()["properties"]} | {key for kind in KINDS for key in schema()["$defs"][kind]["properties"]}
     found = [named for span in SPAN.findall(text) if (named := SETTING.fullmatch(span))]
     return [(named[1], named[2]) for named in found if named[1].split(".")[0] in ours]
 
@@ -191,10 +220,16 @@ def test_the_setting_exists_and_takes_that_value(path: str, value: str | None) -
     if first in schema()["properties"]:
         assert mistakes_in({**LEAST, first: {rest: as_yaml(value)}} if value else LEAST, schema()) == []
         assert rest in schema()["properties"][first]["properties"]
-    elif value is None:
-        place_of(path, section="model")
+        return
+    section = "model"
+    try:
+        place_of(path, section=section)
+    except UsageError:
+        section = "heatmap_model"
+    if value is None:
+        place_of(path, section=section)
     else:
-        assert parse_settings([f"{path}={value}"], section="model")
+        assert parse_settings([f"{path}={value}"], section=section)
 
 
 def test_every_setting_of_theirs_has_one_of_ours() -> None:
@@ -264,9 +299,7 @@ def _numbers(cell: str) -> list[float]:
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,.]*", cell)]
 
 
-def test_no_command_stands_for_what_is_not_here_yet() -> None:
-    missing = ("vit_heatmap", "convnext", "tracknet")
-    assert not [command for command in COMMANDS if any(word in command for word in missing)]
+def test_every_script_that_is_named_is_here() -> None:
     scripts = {word for command in COMMANDS for word in command.split() if word.startswith("scripts/")}
     tracked = subprocess.run(
         ["git", "ls-files", "scripts"], cwd=ROOT, capture_output=True, text=True, check=True
