@@ -21,6 +21,7 @@ from fake_ollama import FakeOllama, fake_ollama
 from tiny_adapter import write_constants
 
 from lib import estimate
+from lib.cli import UsageError
 from lib.config import as_yaml, mistakes_in, schema
 from lib.gguf_file import count_types, read_gguf
 from lib.preflight import planned_machine, preflight
