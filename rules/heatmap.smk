@@ -1,6 +1,6 @@
-# In: a backbone, and clips in TrackNet's layout, drawn here if there are none. Out: adapters/{model} (what was trained),
-# models/{model}/merged (a model that loads with transformers alone), models/{model}.onnx, and
-# reports/{model}.eval.json with pictures beside it.
+# In: a backbone, and clips in TrackNet's layout, drawn here if there are none. Out: adapters/{model}, what was trained;
+# models/{model}/merged, a model that loads with transformers alone; models/{model}.onnx; and reports/{model}.eval.json
+# with pictures beside it.
 HEATMAPS = "|".join(PROJECT.heatmaps) or "(?!)"
 DRAWN = "|".join(name for name, model in PROJECT.heatmaps.items() if model.clips.synthetic) or "(?!)"
 
