@@ -255,7 +255,9 @@ def base_source(model):
 def backbone_source(base):
     if base.random is not None:
         return shlex.join([f"--random={json.dumps(plain(base.random), sort_keys=True)}", f"--seed={base.seed}"])
-    return shlex.join(f"--{key}={getattr(base, key)}" for key in ("hub", "revision", "path") if getattr(base, key))
+    options = [f"--{key}={getattr(base, key)}" for key in ("hub", "revision", "path") if getattr(base, key)]
+    options += [f"--backbone={json.dumps(plain(base.shape), sort_keys=True)}"] if base.hub else []
+    return shlex.join(options)
 
 
 def fetch_needs(wildcards):

@@ -29,7 +29,15 @@ from lib.outputs import finished_folder, scratch_beside
 from lib.package_index import fetch_package
 
 
-def fetch_hub(*, repo_id: str, revision: str, output: Path, shape: dict[str, Any] | None, threads: int) -> None:
+def fetch_hub(
+    *,
+    repo_id: str,
+    revision: str,
+    output: Path,
+    shape: dict[str, Any] | None,
+    threads: int,
+    backbone: dict[str, Any] | None = None,
+) -> None:
     """
     Download a checkpoint from the Hugging Face Hub.
 
@@ -38,6 +46,7 @@ def fetch_hub(*, repo_id: str, revision: str, output: Path, shape: dict[str, Any
     """
     (output / NAME).unlink(missing_ok=True)
     commit = download_checkpoint(repo_id=repo_id, revision=revision, output=output)
+    _check_backbone(output, backbone or {})
     _finish(output, shape=shape, origin={"kind": "hub", "name": repo_id, "revision": commit}, threads=threads)
 
 
@@ -89,7 +98,9 @@ def make_random(*, config: dict[str, Any], seed: int, output: Path, threads: int
     """
     import torch
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of the writing, which takes a moment
     kind = config.get("model_type", "")
     try:
         settings = AutoConfig.for_model(**config)
@@ -152,6 +163,23 @@ def _check_shape(folder: Path, shape: dict[str, Any] | None) -> None:
         raise CheckpointError("\n".join(["base.shape does not describe this checkpoint; correct it:", *wrong]))
 
 
+def _check_backbone(folder: Path, given: dict[str, Any]) -> None:
+    """
+    The same for the numbers of a vision backbone.
+
+    Raises:
+        CheckpointError: listing every number that differs.
+    """
+    published = read_json(folder / "config.json") if given else {}
+    wrong = [
+        f"  {key}: {value} in config.yaml, {published[key]} in the checkpoint"
+        for key, value in sorted(given.items())
+        if key in published and published[key] != value
+    ]
+    if wrong:
+        raise CheckpointError("\n".join(["base.shape does not describe this backbone; correct it:", *wrong]))
+
+
 def _work(arguments: argparse.Namespace) -> None:
     shared = {"output": arguments.output, "shape": arguments.shape, "threads": arguments.threads}
     given = [name for name in ("hub", "path", "gguf", "pypi", "random") if getattr(arguments, name)]
@@ -162,7 +190,7 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.hub:
         if not arguments.revision:
             raise UsageError("--hub needs --revision: a commit, a tag or a branch")
-        fetch_hub(repo_id=arguments.hub, revision=arguments.revision, **shared)
+        fetch_hub(repo_id=arguments.hub, revision=arguments.revision, backbone=arguments.backbone, **shared)
     elif arguments.path:
         describe_path(path=Path(arguments.path), **shared)
     elif arguments.random:
@@ -182,6 +210,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     add_json_setting(parser, "shape", definition("shape"))
     add_settings(parser, "base", without=("shape",))
+    add_json_setting(parser, "backbone", definition("heatmap_base")["properties"]["shape"])
     add_json_setting(parser, "random", definition("heatmap_base")["properties"]["random"])
     add_setting(parser, "heatmap_base", "seed")
     run_script(parser, _work)

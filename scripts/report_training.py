@@ -38,8 +38,9 @@ def report_training(*, history: Path, adapter: Path, title: str, output: Path, p
         ManifestError: the adapter is not there, or incomplete.
         TrainingReportError: the record is not there, damaged, or another adapter's.
     """
-    digest = read_folder_manifest(adapter, artifact="adapter")["digest"]
-    again = f"train it again with: snakemake -j1 {output} -R train_adapter"
+    manifest = read_folder_manifest(adapter, artifact="adapter")
+    digest, trained_by = manifest["digest"], "train_heatmap" if "clips" in manifest["origin"] else "train_adapter"
+    again = f"train it again with: snakemake -j1 {output} -R {trained_by}"
     if not history.exists():
         raise TrainingReportError(
             f"there is no record of the training of {title} ({history} is missing): it was trained elsewhere, "

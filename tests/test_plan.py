@@ -40,7 +40,7 @@ def test_every_job_of_all_declares_its_needs(bare: dict[str, str]) -> None:
     done = run_snakemake(ROOT, "-n", "--forceall", "all", environment=bare)
     assert done.returncode == 0, done.stderr
     jobs = jobs_of(done.stdout + done.stderr)
-    assert len(jobs) == 23
+    assert len(jobs) == 22
     for job, resources in jobs.items():
         assert all(re.fullmatch(r"\d+", resources[need]) for need in NEEDS), (job, resources)
 

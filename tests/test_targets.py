@@ -85,7 +85,6 @@ def test_final_files(project: Project) -> None:
         "models/weighed.q4_k_m.gguf",
         "models/weighed.Modelfile",
         "models/tennis.onnx",
-        "reports/tennis.eval.json",
     ]
     assert not any(is_wrong(file, project) for file in final_files(project))
 
@@ -93,7 +92,7 @@ def test_final_files(project: Project) -> None:
 def test_report_files(project: Project) -> None:
     files = report_files(project)
     assert "reports/plain.resources.png" in files and "reports/weighed.rag.json" in files
-    assert len(files) == len(set(files)) == 4 * len(project.models) + 2 * len(project.heatmaps)
+    assert len(files) == len(set(files)) == 4 * len(project.models) + 3 * len(project.heatmaps)
     assert {"reports/tennis.training.png", "reports/tennis.resources.png"} <= set(files)
 
 

@@ -24,20 +24,21 @@ LANGUAGE_ENDINGS = (".gguf", ".gguf.json", "Modelfile", ".chat.json", ".smoke.js
 
 
 def final_files(project: Project) -> list[str]:
-    """Default GGUF and Modelfile of every language model, ONNX file and evaluation of every heatmap model."""
+    """Default GGUF and Modelfile of every language model, ONNX file of every heatmap model."""
     files = [
         file
         for name, model in project.models.items()
         for file in (f"models/{name}.{model.default_quant}.gguf", f"models/{name}.Modelfile")
     ]
-    return files + [file for name in project.heatmaps for file in (f"models/{name}.onnx", f"reports/{name}.eval.json")]
+    return files + [f"models/{name}.onnx" for name in project.heatmaps]
 
 
 def report_files(project: Project) -> list[str]:
     """What the HTML report shows of every model, where it was made."""
     endings = ("training.png", "resources.png", "smoke.json", "rag.json")
     files = [f"reports/{name}.{ending}" for name in project.models for ending in endings]
-    return files + [f"reports/{name}.{ending}" for name in project.heatmaps for ending in endings[:2]]
+    heatmap_endings = ("training.png", "resources.png", "eval.json")
+    return files + [f"reports/{name}.{ending}" for name in project.heatmaps for ending in heatmap_endings]
 
 
 def model_names(project: Project, names: Collection[str] | None = None, *, without: Iterable[str] = ()) -> str:
