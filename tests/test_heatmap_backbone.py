@@ -38,7 +38,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     ("config", "said"),
     [
         ({"model_type": "vitt"}, "cannot make a vitt of it"),
-        ({**VIT, "hidden_size": -8}, "cannot make a vit of it"),
+        ({**VIT, "hidden_act": "none of them"}, "cannot make a vit of it"),
         ({"model_type": "convnext", "depths": [1], "hidden_sizes": [8, 16]}, "cannot make a convnext of it"),
     ],
 )
