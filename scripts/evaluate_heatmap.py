@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lib.cli import above_zero, positive, run_script, script_parser, share
+from lib.cli import positive, run_script, script_parser
 from lib.clips import read_clips
 from lib.console import progress, say
-from lib.frames import EMPTY, MASK, TARGET, Moment
+from lib.frames import Moment
 from lib.heatmap_evaluation import (
     Evaluated,
     Rules,
@@ -27,6 +27,7 @@ from lib.heatmap_evaluation import (
 from lib.heatmap_predictor import Predictor, load_predictor, predict
 from lib.jsonfile import write_json
 from lib.manifest import describe_files, identify_folder, write_folder_manifest
+from lib.options import add_settings
 from lib.outputs import finished_folder
 from lib.overlays import draw_overlay
 
@@ -163,18 +164,8 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="merged heatmap model")
     parser.add_argument("--clips", type=Path, required=True, metavar="DIR", help="TrackNet's data: folder above game1")
-    parser.add_argument("--eval-games", nargs="*", default=[], metavar="NAME", help="games to evaluate on")
-    parser.add_argument("--invisible", choices=[EMPTY, MASK], default=EMPTY, help="frames without a ball: count or not")
-    parser.add_argument(
-        "--occluded",
-        choices=[TARGET, EMPTY, MASK],
-        default=TARGET,
-        help="frames with a hidden ball: to be found, not to be found, or left out",
-    )
-    parser.add_argument("--threshold", type=share, default=0.5, metavar="SHARE", help="least score of a ball")
-    parser.add_argument(
-        "--distance", type=above_zero, default=5.0, metavar="PIXELS", help="at most so far from the ball, of 1280x720"
-    )
+    add_settings(parser, "clips", without=("path", "synthetic"))
+    add_settings(parser, "evaluation")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="frames at a time")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file of the report")

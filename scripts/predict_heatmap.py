@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from lib.cli import positive, run_script, script_parser, share
+from lib.cli import positive, run_script, script_parser
 from lib.clips import COLUMNS, EASY, NO_BALL, Clip, ClipError, Frame, by_number
 from lib.console import progress, say
 from lib.frames import list_moments
 from lib.heatmap_peaks import Peak, highest_places, place_peak
 from lib.heatmap_predictor import Prediction, Predictor, load_predictor, predict
+from lib.options import add_setting
 from lib.outputs import finished_file
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="folder of frames, JPEG or PNG")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR|FILE", help="merged model, or its .onnx")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="CSV file; - for standard output")
-    parser.add_argument("--threshold", type=share, default=0.5, metavar="SHARE", help="least score of a ball")
+    add_setting(parser, "evaluation", "threshold")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="frames at a time")
 

@@ -300,7 +300,11 @@ def test_wrong_use_is_told_in_a_line(data: Path, tmp_path: Path) -> None:
     for options, status, said in (
         (["--model", "language", "--eval-games", "game1"], 1, "it is of a model of type llama"),
         (["--model", "language"], 1, "clips.eval_games names no game to evaluate on"),
-        (["--model", "language", "--eval-games", "game1", "--threshold", "1.5"], 2, "expected a number above 0"),
+        (
+            ["--model", "language", "--eval-games", "game1", "--threshold", "1.5"],
+            2,
+            "greater than or equal to the maximum of 1",
+        ),
     ):
         done = run(*options, "--clips", data, "--output", "eval.json", cwd=tmp_path)
         assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr

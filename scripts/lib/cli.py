@@ -68,26 +68,6 @@ def planned_cards(text: str) -> list[float]:
     return cards
 
 
-def share(text: str) -> float:
-    """The type of an option that is a share of a whole, and not nothing."""
-    return _above_zero(text, most=1.0, expected="a number above 0, of at most 1")
-
-
-def above_zero(text: str) -> float:
-    """The type of an option that measures something."""
-    return _above_zero(text, most=sys.float_info.max, expected="a number above 0")
-
-
-def _above_zero(text: str, *, most: float, expected: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= most:
-        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
-    return value
-
-
 def _output(arguments: argparse.Namespace) -> list[Path]:
     output = getattr(arguments, "output", None)
     return [] if output is None else [output]

@@ -47,12 +47,12 @@ def train_heatmap_model(
         TrainingError, OutOfMemoryError: the run cannot go on.
         KeyboardInterrupt: it was stopped, with a checkpoint.
     """
+    quieten_transformers()  # before the imports, which bring bitsandbytes along
     import torch
     from transformers import set_seed
 
     from lib.base_model import check_device, limit_memory
 
-    quieten_transformers()
     check_device(train)
     set_seed(train.seed)
     torch.use_deterministic_algorithms(train.deterministic)

@@ -51,10 +51,10 @@ def train_lora(*, places: Places, settings: Train, gpus: Sequence[float]) -> Tra
         TrainingError, OutOfMemoryError: the run cannot go on.
         KeyboardInterrupt: it was stopped, with a checkpoint.
     """
+    quieten_transformers()  # before the imports, which bring bitsandbytes along
     import torch
     from transformers import set_seed
 
-    quieten_transformers()
     check_device(settings)
     train, held_out = prepare_samples(places.base, settings)
     set_seed(settings.seed)
