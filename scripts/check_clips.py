@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.cli import usable_cores
 from lib.clips import EASY, HARD, LABELS, NO_BALL, OCCLUDED, read_clips
+from lib.frames import check_pictures
 from lib.input_check import run_input_check
 from lib.jsonfile import digest_json
 from lib.manifest import describe_files
@@ -22,6 +23,7 @@ def identify(clips: Path) -> tuple[dict[str, Any], str]:
         ClipError: the clips cannot be used.
     """
     found = read_clips(clips)
+    check_pictures(found)
     frames = [frame for clip in found for frame in clip.frames]
     tables = [clips / clip.game / clip.name / LABELS for clip in found]
     names = sorted(path.relative_to(clips).as_posix() for path in [*tables, *(frame.path for frame in frames)])

@@ -11,7 +11,6 @@ from lib.checkpoint import CheckpointError, checkpoint_files, rename_experts
 from lib.cli import UsageError, run_script, script_parser
 from lib.config import definition
 from lib.console import say
-from lib.errors import first_line
 from lib.gguf_import import import_gguf
 from lib.hub import download_checkpoint
 from lib.jsonfile import read_json, write_json
@@ -108,9 +107,10 @@ def make_random(*, config: dict[str, Any], seed: int, output: Path, threads: int
             torch.manual_seed(seed)
             model = AutoModel.from_config(settings, dtype=torch.float32)
     except Exception as error:  # whatever a model's class raises where its config contradicts itself
+        said = " ".join(str(error).split())  # what is wrong with a setting stands in the second line
         raise CheckpointError(
             f"base.random: transformers cannot make a {kind or 'model without model_type'} of it "
-            f"({type(error).__name__}: {first_line(error)}); known settings are those of its published config.json"
+            f"({type(error).__name__}: {said}); known settings are those of its published config.json"
         ) from error
     origin = {"kind": "random", "name": f"random-{kind}", "seed": seed, "config": config}
     with finished_folder(output) as partial:

@@ -155,3 +155,11 @@ def test_a_shape_that_is_none(shape: str, said: str, tiny_base: Path, tmp_path: 
     assert done.returncode == 2
     assert "--shape" in done.stderr and said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_a_family_refuses_is_named_with_the_reason(tmp_path: Path) -> None:
+    config = json.dumps({"model_type": "dinov2", "qkv_bias": "wide"})
+    done = fetch("--random", config, "--output", str(tmp_path / "out"))
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if "base.random" in line)
+    assert "'qkv_bias'" in line and "expected bool, got str" in line and "known settings" in line

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tiny import SHAPE
+from transformers import AutoConfig
 
 from lib.config import ConfigError, definition
 from lib.heatmap_settings import ClipUse, Evaluation, Heatmap, TrainHeatmap
@@ -112,6 +113,13 @@ def test_a_backbone_that_is_there_gives_its_own_numbers() -> None:
     base = resolve(base={"path": "own"}, clips={"path": "tennis", "eval_games": ["game2"]}).base
     assert dict(base.shape) == {**VIT, "image_size": 64}  # the numbers that are counted by, and no others
     assert base.random is None
+
+
+def test_the_config_of_a_random_dinov2_is_one_that_transformers_takes() -> None:
+    """Its `mlp_ratio` is a whole number, and 2.0 is refused."""
+    random = resolve(base={"random": {**VIT, "model_type": "dinov2", "mlp_ratio": 2, "image_size": 64}}).base.random
+    assert random is not None
+    assert AutoConfig.for_model(**random).mlp_ratio == 2
 
 
 def test_a_repository_needs_its_shape() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lib.adapted_model import AdapterError
 from lib.frames import HeatmapSample
 from lib.heatmap_folder import TRAINED, load_heatmap, normalize
 from lib.heatmap_trainer import HeatmapTrainer, mirror
@@ -235,6 +236,12 @@ def test_targets_by_any_name_give_the_names_of_the_pinned_version(
     assert config["target_modules"] == ["q_proj", "v_proj"] and config["task_type"] == "FEATURE_EXTRACTION"
     names = load_file(tmp_path / "a/adapter_model.safetensors")
     assert "base_model.model.encoder.layer.1.attention.v_proj.lora_B.weight" in names and len(names) == 8
+
+
+def test_no_adapter_is_put_on_a_pooler(bases: dict[str, Path]) -> None:
+    """No heatmap passes through it: the adapter would learn nothing, and what is saved would hold no weights."""
+    with ExitStack() as cleanup, pytest.raises(AdapterError, match="no linear layer named 'dense'; known are fc1, fc2"):
+        runs.build_model(bases["vit"], cleanup=cleanup, method="lora", lora={"target_modules": ["dense"]})
 
 
 def test_every_linear_layer_of_the_backbone_is_adapted(bases: dict[str, Path], clips: Path, tmp_path: Path) -> None:

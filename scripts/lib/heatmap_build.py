@@ -17,7 +17,7 @@ from lib.backbone_names import known_targets
 from lib.base_model import load_base, weight_limits
 from lib.console import say
 from lib.heatmap_folder import HeatmapConfig, describe_backbone, model_tensors
-from lib.heatmap_model import HeatmapModel, plan_input
+from lib.heatmap_model import HeatmapModel, plan_input, without_pooler
 from lib.heatmap_settings import Heatmap, TrainHeatmap
 from lib.jsonfile import read_json
 from lib.offload import decoder_blocks, stream_beyond
@@ -69,6 +69,7 @@ def build_heatmap(
         input=plan_input(backbone.config, published, heatmap.input_size),
         backbone=describe_backbone(backbone.config),
     )
+    without_pooler(backbone)  # before an adapter could be asked for on it
     adapter = _attach(backbone, train, streamed=streamed)
     model = HeatmapModel(backbone, heatmap)
     if streamed or train.gradient_checkpointing:
@@ -95,8 +96,7 @@ def _attach(backbone: Any, train: TrainHeatmap, *, streamed: bool) -> PeftModel 
         return None
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     targets = known_targets(train.lora.target_modules, linear)
-    # peft's "all-linear" would take the pooler as well, which no heatmap passes through.
-    every = sorted({name.rpartition(".")[2] for name in linear if "pooler" not in name})
+    every = sorted({name.rpartition(".")[2] for name in linear})
     lora = replace(train.lora, target_modules=tuple(targets or every))
     return attach_adapter(backbone, replace(train, lora=lora), gradient_checkpointing=False, streamed=streamed)
 
