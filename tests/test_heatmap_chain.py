@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import ROOT, planned_rules, run_snakemake
 from heatmap_runs import VIT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 METHODS = ("full", "int8", "qlora")
+REPORTS = [f"reports/{method}.{kind}" for method in METHODS for kind in ("training.png", "eval.json")]
 SIZES = {"input_size": [96, 48], "heatmap_size": [48, 24], "channels": [16, 16], "factors": [2, 2]}
 
 
@@ -41,7 +43,7 @@ def write_project(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_project(tmp_path_factory.mktemp("heatmaps") / "project")
-    done = run_snakemake(folder, "-j1", "all", *(f"reports/{method}.training.png" for method in METHODS))
+    done = run_snakemake(folder, "-j1", "all", *REPORTS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -70,7 +72,10 @@ def test_a_method_leaves_what_it_should(built: Path, method: str) -> None:
     assert adapter["origin"]["settings"]["method"] == method
     training = json.loads((built / f"reports/{method}.training.json").read_text())
     assert training["unit"] == "frames" and training["summary"]["median_frames_per_second"] > 0
-    assert list((built / f"reports/{method}.tensorboard").glob("events.*"))
+    events = EventAccumulator(str(built / f"reports/{method}.tensorboard")).Reload()
+    assert {"train/loss", "train/frames_per_second", "eval/loss"} <= set(events.Tags()["scalars"])
+    first = events.Images("held_out/0")[0]
+    assert (first.width, first.height) > (96, 48)  # a frame with a line below it
 
 
 @pytest.mark.slow

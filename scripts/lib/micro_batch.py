@@ -82,7 +82,7 @@ class MicroBatcher:
             remedy = "set micro_batching.adaptive_micro_batch: true, or lower per_device_train_batch_size"
         elif smaller >= tried:
             remedy = (
-                f"lower {self._length}, set gradient_checkpointing: true or offload.use_cpu_offload: true"
+                f"set gradient_checkpointing: true, then offload.use_cpu_offload: true, or lower {self._length}"
                 if tried == 1
                 else f"lower micro_batching.min_micro_batch_size, or {self._length}"
             )
