@@ -24,13 +24,20 @@ LANGUAGE_ENDINGS = (".gguf", ".gguf.json", "Modelfile", ".chat.json", ".smoke.js
 
 
 def final_files(project: Project) -> list[str]:
-    """Default GGUF and Modelfile of every language model, ONNX file and evaluation of every heatmap model."""
+    """Default GGUF and Modelfile of every language model, ONNX file and evaluation of heatmap models."""
     files = [
         file
         for name, model in project.models.items()
         for file in (f"models/{name}.{model.default_quant}.gguf", f"models/{name}.Modelfile")
     ]
-    return files + [file for name in project.heatmaps for file in (f"models/{name}.onnx", f"reports/{name}.eval.json")]
+    for name in project.heatmaps:
+        files += [f"models/{name}.onnx", *([f"reports/{name}.eval.json"] if name in evaluated(project) else [])]
+    return files
+
+
+def evaluated(project: Project) -> list[str]:
+    """Heatmap models with held-out games to evaluate them on."""
+    return [name for name, model in project.heatmaps.items() if model.clips.eval_games]
 
 
 def report_files(project: Project) -> list[str]:
@@ -71,6 +78,7 @@ def wrong_targets(project: Project) -> str:
         )
     )
     heatmaps = "|".join(project.heatmaps) or "(?!)"
+    held_out = "|".join(evaluated(project)) or "(?!)"
     types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
@@ -93,7 +101,7 @@ def wrong_targets(project: Project) -> str:
         rf"adapters/({heatmaps})/(MANIFEST\.json|heatmap\.safetensors)",
         rf"models/({heatmaps})/merged(/MANIFEST\.json)?",
         rf"models/({heatmaps})\.onnx(\.json)?",
-        rf"reports/({heatmaps})\.(eval\.json|overlays)",
+        rf"reports/({held_out})\.(eval\.json|overlays)",
         rf"reports/({heatmaps})\.(training|resources)\.(json|png)",
     ]
     own = [pattern for model in project.models.values() for pattern in _users_files(model)]
@@ -162,6 +170,8 @@ def _explain_of_heatmap(folder: str, rest: str, model: str) -> str:
     has = f"it has {HEATMAP_FILES.format(model)}"
     if folder == "ollama" or rest.endswith(LANGUAGE_ENDINGS):
         return f"made for language models only, and {model} is a heatmap model; {has}"
+    if rest == f"{model}.eval.json":
+        return f"{model} has no clips.eval_games in config.yaml, so there is nothing to evaluate it on"
     return f"nothing is built under that name of {model}, a heatmap model; {has}"
 
 
