@@ -30,7 +30,7 @@ from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.resource_report import report_resources
 from lib.spec import resolve_project
-from lib.targets import ADAPTER, explain_target, final_files, model_names, report_files, wrong_targets
+from lib.targets import ADAPTER, evaluated, explain_target, final_files, model_names, report_files, wrong_targets
 from lib.typed import plain
 
 # Each lies over the one before. A workflow that takes this one as a module may bring the config along instead.

@@ -2,6 +2,7 @@
 # models/{model}/merged, a model that loads with transformers alone; models/{model}.onnx; and reports/{model}.eval.json
 # with pictures beside it.
 HEATMAPS = "|".join(PROJECT.heatmaps) or "(?!)"
+EVALUATED = "|".join(evaluated(PROJECT)) or "(?!)"
 DRAWN = "|".join(name for name, model in PROJECT.heatmaps.items() if model.clips.synthetic) or "(?!)"
 
 
@@ -227,7 +228,7 @@ rule evaluate_heatmap:
     benchmark:
         "logs/{model}/evaluate_heatmap.jsonl"
     wildcard_constraints:
-        model=HEATMAPS,
+        model=EVALUATED,
     conda:
         "../envs/train.yaml"
     threads: 4

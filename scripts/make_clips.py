@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from lib.cli import UsageError, positive, run_script, script_parser
 from lib.clips import BOUNCING, EASY, FLYING, HARD, HIT, NO_BALL, OCCLUDED, Frame, read_clips, write_labels
 from lib.console import progress, say
+from lib.outputs import scratch_beside
 
 WIDTH, HEIGHT = 1280, 720  # of the drawing, which is then scaled
 GRASS, CLAY = (58, 110, 62), (48, 84, 140)
@@ -52,19 +54,24 @@ def make_clips(
     """
     if any(output.glob("game*")):
         raise UsageError(f"{output} has games already; name another folder, or remove them")
-    with progress("drawing clips", total=games * clips * frames, unit="frames") as bar:
-        for game in range(1, games + 1):
-            for clip in range(1, clips + 1):
-                random = np.random.default_rng([seed, game, clip])
-                folder = output / f"game{game}" / f"Clip{clip}"
-                folder.mkdir(parents=True)
-                labels = []
-                for number, (picture, frame) in enumerate(_draw_clip(random, frames=frames, size=size)):
-                    path = folder / f"{number:04d}.jpg"
-                    picture.save(path, quality=quality)
-                    labels.append(Frame(path, frame.visibility, frame.ball, frame.status))
-                    bar.advance()
-                write_labels(folder, labels)
+    with scratch_beside(output) as scratch:
+        with progress("drawing clips", total=games * clips * frames, unit="frames") as bar:
+            for game in range(1, games + 1):
+                for clip in range(1, clips + 1):
+                    random = np.random.default_rng([seed, game, clip])
+                    folder = scratch / f"game{game}" / f"Clip{clip}"
+                    folder.mkdir(parents=True)
+                    labels = []
+                    for number, (picture, frame) in enumerate(_draw_clip(random, frames=frames, size=size)):
+                        path = folder / f"{number:04d}.jpg"
+                        picture.save(path, quality=quality)
+                        labels.append(Frame(path, frame.visibility, frame.ball, frame.status))
+                        bar.advance()
+                    write_labels(folder, labels)
+        # Only now: of a half drawn set no table tells that clips are missing.
+        output.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(scratch.iterdir()):
+            os.replace(folder, output / folder.name)
     found = [frame for clip in read_clips(output) for frame in clip.frames]
     counts = {kind: sum(frame.visibility == kind for frame in found) for kind in (EASY, HARD, OCCLUDED, NO_BALL)}
     say(

@@ -185,6 +185,10 @@ def test_other_errors_name_what_is_known() -> None:
     [
         ("import shutil; shutil.copyfile('source', 'full/copy')", "(writing full/copy)"),
         ("open('full/out', 'wb').write(bytes(1 << 21))", "MB are free now for full/out)"),
+        (
+            "import numpy, safetensors.numpy as tensors; tensors.save_file({'a': numpy.zeros(1 << 19)}, 'full/out')",
+            "MB are free now for full/out)",
+        ),
     ],
 )
 def test_a_disk_that_is_full(work: str, said: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,18 @@ def test_what_a_heatmap_model_does_not_have(target: str, said: str, recorded: Pa
     assert f"{target}: {said}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_model_without_held_out_games_is_not_evaluated(recorded: Path, tmp_path: Path) -> None:
+    """Of an evaluation that has no game it would be told at the very end, after the training."""
+    project = Path(shutil.copytree(recorded, tmp_path / "copy", symlinks=True))
+    in_model("t", "clips", "eval_games", value=[])(project, ROOT)
+    done = run_snakemake(project, "-n", "reports/t.eval.json")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "reports/t.eval.json: t has no clips.eval_games in config.yaml" in done.stderr
+    done = run_snakemake(project, "-n", "all")
+    assert done.returncode == 0, done.stderr
+    assert "models/t.onnx" in done.stdout and "reports/t.eval.json" not in done.stdout
+
+
 def test_all_of_a_project_without_language_models(recorded: Path) -> None:
     done = run_snakemake(recorded, "-n", "all")
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from make_clips import make_clips
 from PIL import Image
+from small_disk import small_disk
 
 from lib.cli import UsageError
 from lib.clips import COLUMNS, EASY, HARD, NO_BALL, OCCLUDED, read_clips
@@ -94,3 +95,13 @@ def test_wrong_use(options: list[str], said: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_a_set_that_could_not_be_drawn_whole_is_not_left(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=128) as disk:
+        options = ["--output", str(disk / "set"), "--games", "3", "--frames", "20", "--size", "384x216"]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/make_clips.py"), *options], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "the disk is full" in done.stderr
+        assert not [path for path in disk.iterdir() if not path.name.endswith(".lock")]

@@ -28,6 +28,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "reports/asked.jsonl",
         "reports/notes/a.md",
         "models/clips/game1/Clip1/Label.csv",
+        "models/clips/game2/Clip1/Label.csv",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
@@ -60,7 +61,7 @@ def project(workplace: Path) -> Project:
         tennis={
             "kind": "heatmap",
             "base": {"random": {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}},
-            "clips": {"path": "models/clips"},
+            "clips": {"path": "models/clips", "eval_games": ["game1"]},
             "heatmap": {"model": "vit_heatmap"},
             "adapter": {"train": {}},
         },

@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +21,8 @@ from lib.locks import only_writer
 from lib.usage import Meter
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+# How safetensors, which is written in Rust, tells what the operating system refused.
+RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class UsageError(ModelmillError):
@@ -107,6 +110,10 @@ def run_script(
     except OSError as error:
         _leave(f"{parser.prog}: {describe_os_error(error, output=getattr(arguments, 'output', None))}", FAILED)
     except Exception as error:  # a fault of ours: one line for the user, the rest for whoever mends it
+        if system := RUST_OS_ERROR.search(str(error)):
+            number = int(system[1])
+            told = OSError(number, os.strerror(number))
+            _leave(f"{parser.prog}: {describe_os_error(told, output=getattr(arguments, 'output', None))}", FAILED)
         note(traceback.format_exc())
         where = arguments.log or "a log: run it again with --log FILE"
         _leave(f"{parser.prog}: internal error: {type(error).__name__}: {error} (details in {where})", FAILED)

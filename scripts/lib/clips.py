@@ -17,6 +17,7 @@ from lib.manifest import describe_files
 LABELS = "Label.csv"
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate", "status")
 NO_BALL, EASY, HARD, OCCLUDED = range(4)
+VISIBILITIES = {NO_BALL: "no_ball", EASY: "easy", HARD: "hard", OCCLUDED: "occluded"}
 FLYING, HIT, BOUNCING = range(3)
 SHOWN_PROBLEMS = 20
 
@@ -70,18 +71,21 @@ def read_clips(folder: Path) -> list[Clip]:
 
 
 def identify_clips(folder: Path, clips: Sequence[Clip], *, threads: int) -> dict[str, Any]:
-    """Name, digest and counts of a data set: every frame and every table counts, and where the folder lies does not."""
-    tables = {frame.path.parent / LABELS for clip in clips for frame in clip.frames}
-    files = [*tables, *(frame.path for clip in clips for frame in clip.frames)]
-    facts = describe_files(folder, [str(path.relative_to(folder)) for path in files], threads=threads)
-    seen = [frame.visibility for clip in clips for frame in clip.frames]
+    """
+    What a data set is, wherever its folder lies.
+
+    Returns:
+        A digest of every frame and table by their names within the folder, and how many there are of what.
+    """
+    frames = [frame for clip in clips for frame in clip.frames]
+    tables = {frame.path.parent / LABELS for frame in frames}
+    names = sorted(path.relative_to(folder).as_posix() for path in [*tables, *(frame.path for frame in frames)])
     return {
-        "name": folder.resolve().name,
-        "digest": digest_json(facts),
-        "games": len({clip.game for clip in clips}),
+        "digest": digest_json(describe_files(folder, names, threads=threads)),
+        "games": list(dict.fromkeys(clip.game for clip in clips)),
         "clips": len(clips),
-        "frames": len(seen),
-        "visibility": {str(kind): seen.count(kind) for kind in (NO_BALL, EASY, HARD, OCCLUDED)},
+        "frames": len(frames),
+        "visibility": {name: sum(frame.visibility == kind for frame in frames) for kind, name in VISIBILITIES.items()},
     }
 
 

@@ -33,6 +33,11 @@ def final_files(project: Project) -> list[str]:
     return files + [f"models/{name}.onnx" for name in project.heatmaps]
 
 
+def evaluated(project: Project) -> list[str]:
+    """Heatmap models with held-out games to evaluate them on."""
+    return [name for name, model in project.heatmaps.items() if model.clips.eval_games]
+
+
 def report_files(project: Project) -> list[str]:
     """What the HTML report shows of every model, where it was made."""
     endings = ("training.png", "resources.png", "smoke.json", "rag.json")
@@ -72,6 +77,7 @@ def wrong_targets(project: Project) -> str:
         )
     )
     heatmaps = "|".join(project.heatmaps) or "(?!)"
+    held_out = "|".join(evaluated(project)) or "(?!)"
     types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
@@ -94,7 +100,7 @@ def wrong_targets(project: Project) -> str:
         rf"adapters/({heatmaps})/(MANIFEST\.json|heatmap\.safetensors)",
         rf"models/({heatmaps})/merged(/MANIFEST\.json)?",
         rf"models/({heatmaps})\.onnx(\.json)?",
-        rf"reports/({heatmaps})\.(eval\.json|overlays)",
+        rf"reports/({held_out})\.(eval\.json|overlays)",
         rf"reports/({heatmaps})\.(training|resources)\.(json|png)",
     ]
     own = [pattern for model in project.models.values() for pattern in _users_files(model)]
@@ -163,6 +169,8 @@ def _explain_of_heatmap(folder: str, rest: str, model: str) -> str:
     has = f"it has {HEATMAP_FILES.format(model)}"
     if folder == "ollama" or rest.endswith(LANGUAGE_ENDINGS):
         return f"made for language models only, and {model} is a heatmap model; {has}"
+    if rest == f"{model}.eval.json":
+        return f"{model} has no clips.eval_games in config.yaml, so there is nothing to evaluate it on"
     return f"nothing is built under that name of {model}, a heatmap model; {has}"
 
 
