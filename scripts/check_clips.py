@@ -21,7 +21,7 @@ def identify(clips: Path) -> tuple[dict[str, Any], str]:
     found = read_clips(clips)
     check_pictures(found)
     identity = identify_clips(clips, found, threads=usable_cores())
-    seen = identity["frames"] - identity["visibility"]["no_ball"]
+    seen = identity["frames"] - identity["visibility"]["no ball"]
     counts = f"{identity['frames']} frames of {identity['clips']} clips in {len(identity['games'])} games"
     return identity, f"{counts}, {seen} with a ball"
 

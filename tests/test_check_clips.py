@@ -60,7 +60,7 @@ def test_what_there_is_is_counted(clips: Path) -> None:
         "games": ["game1", "game2"],
         "clips": 3,
         "frames": 12,
-        "visibility": {"no_ball": 3, "easy": 3, "hard": 3, "occluded": 3},
+        "visibility": {"no ball": 3, "easy": 3, "hard": 3, "occluded": 3},
     }
     assert len(digest) == len(hashlib.sha256().hexdigest())
 

@@ -17,7 +17,7 @@ from lib.manifest import describe_files
 LABELS = "Label.csv"
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate", "status")
 NO_BALL, EASY, HARD, OCCLUDED = range(4)
-VISIBILITIES = {NO_BALL: "no_ball", EASY: "easy", HARD: "hard", OCCLUDED: "occluded"}
+VISIBILITIES = {NO_BALL: "no ball", EASY: "easy", HARD: "hard", OCCLUDED: "occluded"}
 FLYING, HIT, BOUNCING = range(3)
 SHOWN_PROBLEMS = 20
 

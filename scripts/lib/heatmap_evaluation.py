@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from lib.clips import EASY, HARD, NO_BALL, OCCLUDED, Clip, ClipError
+from lib.clips import NO_BALL, OCCLUDED, VISIBILITIES, Clip, ClipError
 from lib.frames import EMPTY, Moment, check_ball, list_moments
 from lib.heatmap_peaks import Peak, highest_places, place_peak
 from lib.heatmap_predictor import Prediction, Predictor, Stopwatch, predict
 
 # Distances are in pixels of frames of this size, that of TrackNet's own.
 WIDTH, HEIGHT = 1280, 720
-VISIBILITIES = {NO_BALL: "no ball", EASY: "easy", HARD: "hard", OCCLUDED: "occluded"}
 # What became of a frame.
 FOUND, FAR, MISSED, FALSE, EMPTY_SEEN = "found", "far", "missed", "false", "empty"
 NEAR = 4  # frames of a clip that look alike
