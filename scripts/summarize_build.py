@@ -66,7 +66,9 @@ def _registered_as(folder: Path, model: str) -> str | None:
 
 def _step_seconds(folder: Path, model: str) -> dict[str, float]:
     """Wall-clock seconds of each step by its benchmark file, in the order in which they ended."""
-    files = [*(folder / "logs").glob("build_llama_cpp.jsonl"), *(folder / "logs" / model).glob("*.jsonl")]
+    files = [*(folder / "logs" / model).glob("*.jsonl")]
+    if any((folder / "models").glob(f"{model}.*.gguf")):
+        files += (folder / "logs").glob("build_llama_cpp.jsonl")
     ended = sorted(files, key=lambda path: path.stat().st_mtime)
     return {path.stem: json.loads(path.read_text().splitlines()[-1])["s"] for path in ended}
 

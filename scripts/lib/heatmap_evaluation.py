@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from lib.clips import NO_BALL, OCCLUDED, VISIBILITIES, Clip, ClipError
+from lib.clips import OCCLUDED, VISIBILITIES, Clip, ClipError
 from lib.frames import EMPTY, Moment, check_ball, list_moments
 from lib.heatmap_peaks import Peak, highest_places, place_peak
 from lib.heatmap_predictor import Prediction, Predictor, Stopwatch, predict
