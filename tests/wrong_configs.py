@@ -555,6 +555,14 @@ TABLE: dict[str, tuple[str, ...]] = {
         "models.t.adapter.train: {lora: {enabled: false}}",
         "method is full; take method: int8, or leave the adapter on",
     ),
+    "modules of a backbone on the CPU": (
+        "models.t.adapter.train: {method: int8, quantization: {llm_int8_enable_fp32_cpu_offload: true}}",
+        "llm_int8_enable_fp32_cpu_offload is for language models; take offload.use_cpu_offload",
+    ),
+    "compiled layers of a backbone": (
+        "models.t.adapter.train: {torch_compile: auto}",
+        "unknown key 'torch_compile'; language models have it",
+    ),
     "8 bits beside another method": (
         "models.t.adapter.train: {quantization: {load_in_8bit: true}}",
         "method is full (as configured, or the default), but quantization.load_in_8bit is true; they have to agree",

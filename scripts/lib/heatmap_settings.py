@@ -80,7 +80,6 @@ class TrainHeatmap:
     max_grad_norm: float
     seed: int
     deterministic: bool
-    torch_compile: str
     gradient_checkpointing: bool
     save_steps: int
     eval_steps: int

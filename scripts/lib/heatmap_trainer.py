@@ -87,14 +87,18 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         return len(samples)
 
     def summed_loss(self, part: Sequence[HeatmapSample]) -> torch.Tensor:
-        """Cross entropy of every place, in nats a ball's area; places near a ball weigh more."""
+        """
+        Cross entropy of every place less the least that is possible, in nats a ball's area; places near a ball weigh
+        more.
+        """
         pixels = torch.stack([sample.pixels for sample in part]).to(self.args.device, non_blocking=True)
         points = torch.tensor([sample.point for sample in part], device=self.args.device)
         heatmap = self._config.heatmap
         targets = draw_targets(points, heatmap.heatmap_size, heatmap.sigma)
         logits = self.model(normalize(pixels, self._config))
         losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return ((1 + BALL_WEIGHT * targets) * losses).sum() / (2 * math.pi * heatmap.sigma**2)
+        least = -(torch.xlogy(targets, targets) + torch.xlogy(1 - targets, 1 - targets))
+        return ((1 + BALL_WEIGHT * targets) * (losses - least)).sum() / (2 * math.pi * heatmap.sigma**2)
 
     def held_out_loss(self) -> float:
         """The mean loss on the held-out frames, which are not in memory all at once."""
@@ -105,6 +109,11 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
             total += self.batcher.run(samples, self._sum_losses, undo=lambda: None)
         return total / len(self.eval_dataset)
 
+    def _scores(self, sample: HeatmapSample) -> torch.Tensor:
+        """The heatmap of one sample, (1, height, width), on the CPU; by itself, since memory may be short."""
+        with self._computing():
+            return torch.sigmoid(self.model(normalize(sample.pixels[None].to(self.args.device), self._config))).cpu()
+
     @torch.no_grad()
     def pictures(self) -> dict[str, Any]:
         """Some held-out frames with their heatmaps, the ball's place and the predicted one."""
@@ -113,9 +122,7 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         self.model.eval()
         numbers = range(0, len(self.eval_dataset), max(1, len(self.eval_dataset) // SHOWN_FRAMES))[:SHOWN_FRAMES]
         samples = [self.eval_dataset[number] for number in numbers]
-        with self._computing():
-            pixels = torch.stack([sample.pixels for sample in samples]).to(self.args.device)
-            scores = torch.sigmoid(self.model(normalize(pixels, self._config))).cpu()
+        scores = torch.cat([self._scores(sample) for sample in samples])
         self.model.train()
         size, own = self._config.heatmap.heatmap_size, (self._config.input.width, self._config.input.height)
         shown = {}

@@ -60,6 +60,10 @@ def resolve_heatmap_method(train: dict[str, Any], *, gpus: Sequence[float]) -> N
             f"lora.enabled: false is for a frozen 8-bit backbone, and method is {train['method']}; take method: int8, "
             "or leave the adapter on"
         )
+    if train["quantization"]["llm_int8_enable_fp32_cpu_offload"]:
+        problems.append(
+            "quantization.llm_int8_enable_fp32_cpu_offload is for language models; take offload.use_cpu_offload"
+        )
     if problems:
         raise MethodError("\n".join(problems))
 
