@@ -13,8 +13,10 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from tempfile import TemporaryDirectory
 
 TRAINER = Path(__file__).resolve().parents[1] / "scripts/train_adapter.py"
 UPDATES = 4
+LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,31 @@ def measure(base: Path, run: Run, *, gpus: str, card: str) -> dict[str, object]:
         command = [sys.executable, str(TRAINER), f"--base={base}", f"--data={data}", f"--output={scratch}/adapter"]
         command += [f"--history={history}", f"--gpus={gpus}", f"--max-steps={UPDATES}", "--save-steps=0"]
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": card}
-        done = subprocess.run([*command, *run.options()], env=variables, capture_output=True, text=True)
-        if done.returncode:
-            return {"failed": done.stderr.strip().rpartition("\n")[2]}
+        errors = Path(scratch, "errors.txt")
+        with errors.open("w") as told:
+            process = subprocess.Popen([*command, *run.options()], env=variables, stdout=told, stderr=told)
+            anonymous = follow(process)
+        if process.returncode:
+            return {"failed": errors.read_text().strip().rpartition("\n")[2]}
         record = json.loads(history.read_text())
-    return {"gpu_gb": record["peak_gpu_gb"], "ram_gb": record["peak_ram_gb"]}
+    return {"gpu_gb": record["peak_gpu_gb"], "ram_gb": record["peak_ram_gb"], "anonymous_gb": anonymous / 1e9}
+
+
+def follow(process: subprocess.Popen[bytes]) -> int:
+    """
+    The most memory of a process that is no file's, in bytes, looked at until it ends.
+
+    Its resident memory holds the mapped checkpoint as well, which the kernel takes back when it needs the room.
+    """
+    most, status = 0, Path("/proc", str(process.pid), "status")
+    while process.poll() is None:
+        try:
+            found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        except OSError:  # ended meanwhile
+            continue
+        most = max(most, 1024 * int(found[1]) if found else 0)
+        time.sleep(LOOK_SECONDS)
+    return most
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import heatmap_runs as runs
 import merge_heatmap
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from lib.adapted_model import AdapterError
@@ -257,6 +260,28 @@ def test_a_mirrored_frame_has_its_ball_on_the_other_side() -> None:
     mirrored = mirror(HeatmapSample(pixels, (5.0, 10.0), (48, 24)), 48)
     x, y = mirrored.point
     assert mirrored.pixels[:, int(y), int(x)].tolist() == [255] * 3 and mirrored.pixels.sum() == 3 * 255
+
+
+def test_a_merged_model_loads_without_peft_and_bitsandbytes(
+    bases: dict[str, Path], clips: Path, tmp_path: Path
+) -> None:
+    runs.train(bases["vit"], clips, tmp_path / "adapter", method="qlora")
+    merge_heatmap.merge_heatmap(
+        base=bases["vit"],
+        base_manifest=None,
+        adapter=tmp_path / "adapter",
+        dtype="float16",
+        output=tmp_path / "merged",
+        threads=1,
+    )
+    program = (
+        "import sys; sys.modules.update(peft=None, bitsandbytes=None)\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        "from pathlib import Path; from lib.heatmap_folder import load_heatmap\n"
+        f"print(load_heatmap(Path({str(tmp_path / 'merged')!r})).model.config.model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "vit\n"), done.stderr
 
 
 def test_another_backbone_is_not_merged(bases: dict[str, Path], clips: Path, tmp_path: Path) -> None:
