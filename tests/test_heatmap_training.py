@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -214,6 +215,23 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     resumed = runs.train(bases["vit"], clips, tmp_path / "parts", **asked)
     assert resumed["files"] == whole["files"]
     assert [entry["step"] for entry in json.loads((tmp_path / "parts.json").read_text())["steps"]] == [1, 2, 3, 4, 5]
+
+
+def test_frames_read_by_other_processes_give_the_same_bytes(
+    bases: dict[str, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = runs.train(bases["vit"], clips, tmp_path / "plain")
+    readers: set[int] = set()
+    step = HeatmapTrainer.training_step
+
+    def looking(self: HeatmapTrainer, *inputs: object) -> torch.Tensor:
+        readers.add(len(multiprocessing.active_children()))
+        return step(self, *inputs)
+
+    monkeypatch.setattr(HeatmapTrainer, "training_step", looking)
+    read = runs.train(bases["vit"], clips, tmp_path / "read", dataloader_num_workers=2)
+    assert max(readers) == 2
+    assert read["files"] == plain["files"]
 
 
 def test_weights_on_disk_give_the_same_adapter(bases: dict[str, Path], clips: Path, tmp_path: Path) -> None:

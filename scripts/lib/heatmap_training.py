@@ -97,7 +97,7 @@ def _run(
         settings=train,
         config=built.config,
         model=built.model,
-        args=trainer_arguments(train, places.run, evaluates=bool(len(held_out))),
+        args=trainer_arguments(train, places.run, evaluates=bool(len(held_out)), workers=train.dataloader_num_workers),
         train_dataset=learned,
         eval_dataset=held_out if len(held_out) else None,
     )

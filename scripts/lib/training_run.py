@@ -97,8 +97,15 @@ def run_trainer(make: Callable[..., SplitTrainer], places: Places) -> SplitTrain
     return trainer
 
 
-def trainer_arguments(settings: Train | TrainHeatmap, run: Path, *, evaluates: bool) -> Any:
-    """transformers' TrainingArguments for a run whose checkpoints lie in `run`."""
+def trainer_arguments(settings: Train | TrainHeatmap, run: Path, *, evaluates: bool, workers: int = 0) -> Any:
+    """
+    transformers' TrainingArguments.
+
+    Args:
+        run: where the checkpoints lie.
+        evaluates: there are held-out samples.
+        workers: processes that read samples; none reads them between the updates.
+    """
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -125,6 +132,7 @@ def trainer_arguments(settings: Train | TrainHeatmap, run: Path, *, evaluates: b
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        dataloader_num_workers=workers,
     )
     # One model on all cards; with more than one in sight the Trainer would copy it to each.
     _ = arguments.device

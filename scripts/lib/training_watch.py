@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -106,7 +107,7 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM and Ctrl-C end the run after the update in progress, with a checkpoint; a second one at once."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.stopped, self._process = False, os.getpid()
         self._asked = 0.0
         self._before: dict[int, Any] = {}
 
@@ -121,6 +122,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _stop(self, number: int, _: Any) -> None:
+        if os.getpid() != self._process:
+            return  # in a process that reads samples, which has this from its parent
         if self.stopped:
             if time.monotonic() - self._asked < ONE_SIGNAL:
                 return
