@@ -35,7 +35,7 @@ def test_here_everything_works(llama_cpp: LlamaCpp) -> None:
     assert found.architectures is not None
     assert {"Qwen2ForCausalLM", "LlamaForCausalLM"} < found.architectures
     assert not {"ViTModel", "CLIPVisionModel"} & found.architectures
-    assert found.packages.text == "all 26 as in requirements.txt"
+    assert found.packages.text == "all 29 as in requirements.txt"
 
 
 def test_an_llama_cpp_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,12 @@ MODELS = {
 BACKBONE = {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}
 HEATMAP = {"kind": "heatmap", "base": {"random": BACKBONE}, "heatmap": {"model": "vit_heatmap"}}
 HEATMAPS = {
-    "drawn": {**HEATMAP, "clips": {"synthetic": {}}, "adapter": {"train": {"method": "int8"}}},
-    "filmed": {**HEATMAP, "clips": {"path": "tennis"}, "adapter": {"train": {"device": "cpu"}}},
+    "drawn": {**HEATMAP, "clips": {"synthetic": {}, "eval_games": ["game4"]}, "adapter": {"train": {"method": "int8"}}},
+    "filmed": {
+        **HEATMAP,
+        "clips": {"path": "tennis", "eval_games": ["game2"]},
+        "adapter": {"train": {"device": "cpu"}},
+    },
 }
 TARGETS = [
     "models/staged.Modelfile", "models/staged.base.q4_k_m.gguf", "models/staged.q8_0.Modelfile",
@@ -54,8 +59,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("ask.jsonl").write_text('{"question": "What?", "expect": [["that"]]}\n')
     Path("notes").mkdir()
     Path("notes/a.md").write_text("Text.")
-    Path("tennis/game1/Clip1").mkdir(parents=True)
-    Path("tennis/game1/Clip1/Label.csv").write_text("")
+    for game in ("game1", "game2"):
+        Path("tennis", game, "Clip1").mkdir(parents=True)
+        Path("tennis", game, "Clip1/Label.csv").write_text("")
     Path("config.yaml").write_text(yaml.safe_dump({"hardware": {"gpus": [24]}, "models": MODELS | HEATMAPS}))
     return tmp_path
 
@@ -101,7 +107,10 @@ def test_planned_steps_of_heatmap_models_are_those_of_all(workplace: Path) -> No
     planned = re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr)
     for name, model in project.heatmaps.items():
         assert sorted(heatmap_steps(model)) == sorted(step for owner, step in planned if owner == name)
-    assert "make_clips" not in heatmap_steps(project.heatmaps["filmed"])
+    filmed = project.heatmaps["filmed"]
+    assert "make_clips" not in heatmap_steps(filmed)
+    nothing_held_out = replace(filmed, clips=replace(filmed.clips, eval_games=()))
+    assert heatmap_steps(nothing_held_out) == heatmap_steps(filmed)[:-1]
 
 
 @pytest.mark.parametrize(

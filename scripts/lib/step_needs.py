@@ -119,6 +119,7 @@ def planned_steps(model: Model, *, direct: bool) -> list[str]:
 
 
 def heatmap_steps(model: HeatmapModel) -> list[str]:
-    """The steps of a heatmap model's ONNX file and evaluation, in their order."""
+    """The steps of a heatmap model's ONNX file and, where clips are held out, its evaluation, in their order."""
     drawn = ["make_clips"] if model.clips.synthetic else []
-    return [*drawn, "check_clips", "fetch_base", "train_heatmap", "merge_heatmap", "export_onnx", "evaluate_heatmap"]
+    held_out = ["evaluate_heatmap"] if model.clips.eval_games else []
+    return [*drawn, "check_clips", "fetch_base", "train_heatmap", "merge_heatmap", "export_onnx", *held_out]
