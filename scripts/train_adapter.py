@@ -25,7 +25,7 @@ from lib.outputs import finished_folder
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.training import train_lora
-from lib.training_run import Places, fix_threads
+from lib.training_run import Places, add_run_options, checkpoints_of, fix_threads
 from lib.typed import build, plain
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -111,7 +111,7 @@ def _work(arguments: argparse.Namespace) -> None:
         base_manifest=arguments.base_manifest,
         settings=build(Train, settings),
         gpus=gpus,
-        checkpoints=arguments.checkpoints or arguments.output.with_name(f".{arguments.output.name}.checkpoints"),
+        checkpoints=checkpoints_of(arguments),
         tensorboard=arguments.tensorboard,
         history=arguments.history,
         output=arguments.output,
@@ -124,11 +124,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="base checkpoint")
     parser.add_argument("--base-manifest", type=Path, metavar="FILE", help="its manifest, if not in that folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the adapter")
-    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU")
     parser.add_argument("--method-reason", metavar="TEXT", help="why this method, for the log and the manifest")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="folder of checkpoints (beside the output)")
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder of TensorBoard's event files")
-    parser.add_argument("--history", type=Path, metavar="FILE", help="JSON file of the run's figures")
+    add_run_options(parser)
     add_settings(parser, "train")
     run_script(parser, _work)
 

@@ -27,7 +27,7 @@ from lib.manifest import describe_files, identify_folder, write_folder_manifest
 from lib.options import add_settings, settings_from
 from lib.outputs import finished_folder
 from lib.train_method import MethodError, resolve_heatmap_method
-from lib.training_run import Places, fix_threads
+from lib.training_run import Places, add_run_options, checkpoints_of, fix_threads
 from lib.typed import build, plain
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "pillow")
@@ -119,7 +119,7 @@ def _work(arguments: argparse.Namespace) -> None:
         use=build(ClipUse, settings_from(arguments, "clips")),
         train=build(TrainHeatmap, train),
         gpus=gpus,
-        checkpoints=arguments.checkpoints or arguments.output.with_name(f".{arguments.output.name}.checkpoints"),
+        checkpoints=checkpoints_of(arguments),
         tensorboard=arguments.tensorboard,
         history=arguments.history,
         output=arguments.output,
@@ -134,10 +134,7 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, required=True, metavar="DIR", help="games in TrackNet's layout")
     parser.add_argument("--clips-identity", type=Path, metavar="FILE", help="what check_clips.py wrote of them")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of what is learned")
-    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU; the first is used")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="folder of checkpoints (beside the output)")
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder of TensorBoard's event files")
-    parser.add_argument("--history", type=Path, metavar="FILE", help="JSON file of the run's figures")
+    add_run_options(parser)
     for section in ("heatmap", "train_heatmap"):
         add_settings(parser, section)
     add_settings(parser, "clips", without=("path", "synthetic"))

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,19 @@ class Places:
     base: Path
     run: Path  # its checkpoints
     tensorboard: Path | None
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """The options of a run that are no settings of it."""
+    parser.add_argument("--gpus", default="", metavar="GIB,GIB", help="memory of each planned GPU")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="folder of checkpoints (beside the output)")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder of TensorBoard's event files")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="JSON file of the run's figures")
+
+
+def checkpoints_of(arguments: Namespace) -> Path:
+    """Where a run's checkpoints go: as its options say, or beside the output."""
+    return arguments.checkpoints or arguments.output.with_name(f".{arguments.output.name}.checkpoints")
 
 
 def fix_threads(threads: int) -> None:
