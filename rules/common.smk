@@ -27,10 +27,20 @@ from lib.jsonfile import digest_json
 from lib.locks import join_runs
 from lib.options import as_options
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
+from lib.quality_report import Matrices
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.resource_report import report_resources
 from lib.spec import resolve_project
-from lib.targets import ADAPTER, evaluated, explain_target, final_files, model_names, report_files, wrong_targets
+from lib.targets import (
+    ADAPTER,
+    evaluated,
+    explain_target,
+    final_files,
+    model_names,
+    passed_file,
+    report_files,
+    wrong_targets,
+)
 from lib.typed import plain
 
 # Each lies over the one before. A workflow that takes this one as a module may bring the config along instead.
@@ -347,6 +357,62 @@ def imatrix_option(wildcards):
 
 def imatrix_file(wildcards):
     return f"models/{wildcards.model}{wildcards.base}.imatrix.gguf"
+
+
+def tuned(wildcards):
+    """The wildcards of a model's own files, for rules that have none for its base."""
+    return SimpleNamespace(model=wildcards.model, base="")
+
+
+def quantized_types(wildcards):
+    """The types that a model is built in, those in 16 bits left out."""
+    return [quant for quant in spec(wildcards.model).quantize.types if quant in QUANTIZED_TYPES]
+
+
+def matrices_of(wildcards):
+    """What the importance matrices are computed from, in words."""
+    model = spec(wildcards.model)
+    own, general = model.quantize.imatrix, model.quality.general_text
+    return Matrices(own and Path(own.text).name, general and Path(general).name)
+
+
+def compared_types(wildcards):
+    """The types that are compared with the 16-bit file."""
+    return list(dict.fromkeys([*quantized_types(wildcards), *spec(wildcards.model).quality.types]))
+
+
+def compared_files(wildcards):
+    return [f"models/{wildcards.model}.{quant}.gguf" for quant in compared_types(wildcards)]
+
+
+def compared_options(wildcards):
+    """What is compared: these files, and those that are made for it."""
+    matrices, words = matrices_of(wildcards), ["--types"]
+    for quant, file in zip(compared_types(wildcards), compared_files(wildcards), strict=True):
+        made = [f"{quant}{variant}" for variant in matrices.variants(quant) if variant]
+        words += [f"{quant}={file}", *made]
+    return shlex.join(words)
+
+
+def general_options(wildcards):
+    model = spec(wildcards.model)
+    if not model.quality.general_text:
+        return ""
+    return shlex.join(
+        [f"--general-text={model.quality.general_text}", f"--general-chunks={model.quantize.imatrix.chunks}"]
+    )
+
+
+def matrix_options(wildcards):
+    matrices = matrices_of(wildcards)
+    options = {"--matrix": matrices.own, "--general-matrix": matrices.general}
+    return shlex.join(f"{option}={text}" for option, text in options.items() if text)
+
+
+def limit_options(wildcards):
+    return shlex.join(
+        f"--{key.replace('_', '-')}={limit}" for key, limit in spec(wildcards.model).quality.limits.items()
+    )
 
 
 def modelfile_gguf(wildcards):

@@ -33,6 +33,8 @@ def check_sections(where: str, model: Section, *, keep_intermediates: bool) -> I
         yield from check_training(f"{where}.adapter.train", train)
     if "quantize" in model:
         yield from check_quantize(f"{where}.quantize", model["quantize"], keep_intermediates=keep_intermediates)
+    if quality := model.get("quality"):
+        yield from check_quality(f"{where}.quality", quality, model.get("quantize"))
     for name in ("smoke", "rag"):
         if section := model.get(name):
             yield from check_questions(f"{where}.{name}", section)
@@ -149,6 +151,22 @@ def check_calibration(where: str, text: str) -> Iterator[str]:
     yield from missing
     if not missing and (problem := size_problem(Path(text))):
         yield f"{where}: {problem}"
+
+
+def check_quality(where: str, quality: Section, quantize: Section | None) -> Iterator[str]:
+    """Texts that are judged by, and types that cannot be made or have no use."""
+    yield from check_calibration(f"{where}.text", quality["text"])
+    if quality["general_text"] is not None:
+        yield from check_calibration(f"{where}.general_text", quality["general_text"])
+        if quantize and quantize["imatrix"] is None:
+            yield f"{where}.general_text: has nothing to be compared with; set quantize.imatrix.text, or take it out"
+    for name in quality["types"]:
+        if name not in QUANTIZED_TYPES:
+            yield f"{where}.types: unknown type {name!r}{suggest(name, QUANTIZED_TYPES)}"
+        elif name in NEED_IMATRIX and quantize and quantize["imatrix"] is None:
+            yield f"{where}.types: {name} needs an importance matrix; set quantize.imatrix.text, or take a larger type"
+    if quantize and quantize["imatrix"] and quality["text"] == quantize["imatrix"]["text"]:
+        yield f"{where}.text: the importance matrix is computed from it, which would flatter the types; take another"
 
 
 def check_ollama(where: str, ollama: Section) -> Iterator[str]:

@@ -88,8 +88,11 @@ def _steps(model: Model, direct: bool, keep: bool, registered: bool) -> Iterator
     else:
         yield "merge_adapter", merged, 0, 0
         yield "convert_gguf", source, 0 if keep else merged, 0
+        judged = model.quality is not None and bool(model.quality.limits)
         if quant != model.source_type:
-            yield "quantize_gguf", quantized, 0 if keep else source, 0
+            yield "quantize_gguf", quantized, 0 if keep or judged else source, 0
+        if judged:
+            yield "measure_types", 0, 0 if keep else source, estimate.measuring_bytes(model)
     if registered:
         # Upload, the copy that the server writes, and the layer; one of them stays.
         yield "register_model", quantized, 0, 3 * quantized

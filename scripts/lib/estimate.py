@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from lib.calibration import CHUNK_TOKENS
-from lib.quant_types import BITS_PER_WEIGHT
+from lib.logits_file import logits_bytes
+from lib.quant_types import BITS_PER_WEIGHT, QUANTIZED_TYPES
 from lib.spec import Hardware, Model, Shape
 from lib.token_loss import LOGITS_AT_ONCE
 from lib.train_settings import Train
@@ -236,6 +237,44 @@ def imatrix_needs(model: Model, hardware: Hardware) -> Needs:
     sums = 4 * shape.num_hidden_layers * (6 * shape.hidden_size + shape.intermediate_size)
     products = shape.parameters * CHUNK_TOKENS * model.quantize.imatrix.chunks
     return Needs(in_mb(memory), disk_mb=in_mb(2 * sums), runtime=in_minutes(products / (IMATRIX_PRODUCTS * THREADS)))
+
+
+def measuring_bytes(model: Model) -> int:
+    """Disk that comparing types takes meanwhile: what the 16-bit file says of each token, and the largest type made."""
+    if model.quality is None:
+        return 0
+    weighed = [weight_bytes(model, quant) for quant in _measured(model) if model.quantize.uses_imatrix(quant)]
+    logits = logits_bytes(vocabulary=shape_of(model).vocab_size, chunks=model.quality.chunks)
+    return round(logits + max(weighed, default=0))
+
+
+def measure_needs(model: Model, hardware: Hardware) -> Needs:
+    """
+    llama-perplexity holds logits, their logarithms and activations of one chunk; the weights are mapped.
+
+    Weights beyond the planned machine's memory are read from disk again for every chunk, see imatrix_needs.
+    """
+    if model.quality is None:
+        return small_needs()
+    shape, quality, types = shape_of(model), model.quality, _measured(model)
+    token = 8 * shape.vocab_size + 40 * shape.hidden_size + 12 * shape.intermediate_size
+    held = 0.5e9 + CHUNK_TOKENS * token + cache_bytes(shape, CHUNK_TOKENS)
+    made = sum(model.quantize.uses_imatrix(quant) for quant in types) * (2 if quality.general_text else 1)
+    products = (1 + len(types) + made) * shape.parameters * CHUNK_TOKENS * quality.chunks
+    seconds = products / (IMATRIX_PRODUCTS * THREADS) + made * 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
+    size, disk = weight_bytes(model, "f16"), in_mb(measuring_bytes(model))
+    if quality.device == "cuda":
+        card = min(hardware.gpus) * GIB - CUDA_BYTES - held
+        cards = min(len(hardware.gpus), math.ceil(size / card)) if card > 0 else len(hardware.gpus)
+        each = in_mb(size / cards + held + CUDA_BYTES)
+        return Needs(in_mb(held + 1e9), disk, in_minutes(seconds), gpu=cards, gpu_mem_mb=each)
+    return Needs(in_mb(max(held, min(held + size, 0.9 * hardware.ram * GIB))), disk, in_minutes(seconds))
+
+
+def _measured(model: Model) -> list[str]:
+    """The types that are compared with the 16-bit file."""
+    more = model.quality.types if model.quality else ()
+    return [quant for quant in dict.fromkeys([*model.quantize.types, *more]) if quant in QUANTIZED_TYPES]
 
 
 def answer_needs(model: Model, quant: str) -> Needs:

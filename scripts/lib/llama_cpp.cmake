@@ -25,5 +25,20 @@ function(build_faster)
     endforeach()
 endfunction()
 
+# The logger prints from a thread of its own and is never ended, so that a program may end before its last lines are
+# out: figures, and what was wrong. With this they are printed first.
+function(print_last_lines)
+    file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/print_last_lines.cpp @ONLY CONTENT [[
+#include "log.h"
+namespace { struct AtExit { ~AtExit() { common_log_pause(common_log_main()); } } at_exit; }
+]])
+    foreach(target llama-imatrix llama-perplexity)
+        if(TARGET ${target})
+            target_sources(${target} PRIVATE ${CMAKE_BINARY_DIR}/print_last_lines.cpp)
+        endif()
+    endforeach()
+endfunction()
+
 # After the whole tree was read, when its targets are there.
 cmake_language(DEFER CALL build_faster)
+cmake_language(DEFER CALL print_last_lines)

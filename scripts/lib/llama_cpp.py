@@ -204,6 +204,13 @@ def add_llama_cpp_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def llama_cpp_words(arguments: argparse.Namespace) -> list[str]:
+    """These options again, for another script."""
+    named = {name: getattr(arguments, f"llama_cpp_{name}") for name in ("version", "sha256", "commit", "path")}
+    words = [f"--llama-cpp-{name}={value}" for name, value in named.items() if value is not None]
+    return [*words, *(f"--llama-cpp-cmake-flag={flag}" for flag in arguments.llama_cpp_cmake_flag)]
+
+
 def llama_cpp_from(arguments: argparse.Namespace, *, tools: Sequence[str] = TOOLS) -> LlamaCpp:
     """The llama.cpp that a script's options name, built if the cache does not hold it."""
     if arguments.llama_cpp_path is not None:

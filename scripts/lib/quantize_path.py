@@ -19,7 +19,7 @@ from lib.manifest import FOLDER_KEYS, NAME, ManifestError, read_file_manifest, r
 from lib.origin import PLACES, read_chain
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.spec import Project
-from lib.targets import model_names
+from lib.targets import FOLDERS, model_names, passed_file
 
 STAGED_RULE, DIRECT_RULE = "quantize_gguf", "build_direct"
 JOIN = "_and_"  # between the types in the name of a rule that makes several
@@ -155,8 +155,11 @@ class QuantizePaths:
         copies += [] if base else [f"models/{name}/merged", f"models/{name}/merged/{NAME}"]
         named = [f"{source}.Modelfile" for source in sources]
         named += [f"reports/{name}.{kind}.chat.json" for kind in SOURCE_TYPES if not base]
+        # Types are compared with the 16-bit file, so that it has to be made.
+        named += [f"reports/{name}.quality.json", f"reports/{name}.quality.png", passed_file(name)]
         there = [copy for copy in copies if not copy.endswith(".json") and os.path.exists(copy)]
-        return not there and asked.isdisjoint([*copies, *named])
+        limited = not base and model.quality is not None and bool(model.quality.limits) and _asks_for_all(asked)
+        return not (there or limited) and asked.isdisjoint([*copies, *named])
 
     def _is_kept_direct(self, file: QuantizedFile, default: bool) -> bool:
         if self._project.models[file.model].quantize.path != "auto":
@@ -173,6 +176,13 @@ class QuantizePaths:
                 apart[re.escape(file.model + file.base)].append(file.quant)
         without = [rf"{name}\.({'|'.join(quants)})\." for name, quants in apart.items()]
         return model_names(self._project, sorted(models), without=without)
+
+
+def _asks_for_all(asked: Iterable[str]) -> bool:
+    """Whether `all` is asked for, by name or by asking for nothing else."""
+    words = list(asked)
+    places = (*(f"{folder}/" for folder in FOLDERS), "work/")
+    return "all" in words or not any(word.startswith(places) for word in words)
 
 
 def _origin(path: Path, model: str) -> Mapping[str, Any]:

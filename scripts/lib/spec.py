@@ -33,6 +33,8 @@ from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.typed import build
 
+WITH_CUDA = "-DGGML_CUDA=ON"  # of llama_cpp.cmake_flags
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -162,6 +164,27 @@ class Ollama:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What files are judged by, and how good they have to be."""
+
+    text: str
+    chunks: int
+    types: tuple[str, ...]
+    general_text: str | None
+    base_weights: bool
+    device: str
+    max_kld: float | None
+    min_top1: float | None
+    max_perplexity_ratio: float | None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set, by their keys."""
+        each = {key: getattr(self, key) for key in ("max_kld", "min_top1", "max_perplexity_ratio")}
+        return {key: limit for key, limit in each.items() if limit is not None}
+
+
+@dataclass(frozen=True)
 class Smoke:
     """Held-out questions."""
 
@@ -193,6 +216,7 @@ class Model:
     merge: Merge
     quantize: Quantize
     ollama: Ollama
+    quality: Quality | None
     smoke: Smoke | None
     rag: Rag | None
 
@@ -287,6 +311,8 @@ def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[P
             yield from check_merge(f"{where}.merge", model, hardware)
         if {"quantize", "base"} <= together.keys():
             yield from check_path(f"{where}.quantize", model)
+        if model.get("quality") and "llama_cpp" in config:
+            yield from _resolve_quality(f"{where}.quality", model["quality"], config["llama_cpp"], hardware)
     yield from check_sources(config["models"])
     yield from check_names(models)
 
@@ -335,6 +361,17 @@ def _resolve_training(where: str, model: dict[str, Any], hardware: dict[str, Any
         resolve_method(train, parameters=build(Shape, shape).parameters, gpus=hardware["gpus"])
     except MethodError as error:
         yield from (f"{where}: {line}" for line in str(error).splitlines())
+
+
+def _resolve_quality(
+    where: str, quality: dict[str, Any], llama_cpp: dict[str, Any], hardware: dict[str, Any] | None
+) -> Iterator[str]:
+    """Settle where files are judged."""
+    planned = bool(hardware and hardware["gpus"])
+    if quality["device"] == "auto":
+        quality["device"] = "cuda" if planned and WITH_CUDA in llama_cpp["cmake_flags"] else "cpu"
+    elif quality["device"] == "cuda" and hardware and not planned:
+        yield f"{where}.device: cuda, but hardware.gpus plans for none; set cpu, which takes longer"
 
 
 def _is_imported(adapter: dict[str, Any] | None) -> bool:

@@ -12,7 +12,16 @@ from lib.heatmap_spec import HeatmapModel
 from lib.quantize_path import JOIN
 from lib.spec import Model, Project
 
-SMALL = ("check_data", "check_clips", "check_questions", "check_documents", "check_calibration")
+SMALL = (
+    "check_data",
+    "check_clips",
+    "check_questions",
+    "check_documents",
+    "check_calibration",
+    "check_quality_text",
+    "report_quality",
+    "check_quality",
+)
 BASE = ".base"
 
 
@@ -56,7 +65,11 @@ def needs_of(
         return estimate.merge_needs(model, threads)
     if step.rule == "build_direct":
         return estimate.direct_needs(model, step.types, threads)
-    of_project = {"train_adapter": estimate.train_needs, "compute_imatrix": estimate.imatrix_needs}
+    of_project = {
+        "train_adapter": estimate.train_needs,
+        "compute_imatrix": estimate.imatrix_needs,
+        "measure_types": estimate.measure_needs,
+    }
     of_model = {
         "fetch_base": estimate.fetch_needs,
         "import_adapter": estimate.import_needs,
@@ -106,7 +119,7 @@ def artifacts_of(step: Step, name: str) -> Sequence[Path]:
 
 
 def planned_steps(model: Model, *, direct: bool) -> list[str]:
-    """The steps of a model's default GGUF and its Modelfile, in their order, by the names of their logs."""
+    """The steps of `all` for a model, in their order, by the names of their logs."""
     quant, steps = model.default_quant, ["build_llama_cpp", "fetch_base", "check_base"]
     if model.adapter:
         steps += ["check_data", "train_adapter"] if model.adapter.train else ["import_adapter"]
@@ -115,6 +128,8 @@ def planned_steps(model: Model, *, direct: bool) -> list[str]:
     else:
         steps += ["merge_adapter", f"convert_gguf.{model.source_type}"]
         steps += [f"quantize_gguf.{quant}"] if quant != model.source_type else []
+    if model.quality and model.quality.limits:
+        steps += ["check_quality_text", "measure_types", "report_quality", "check_quality"]
     return [*steps, "render_modelfile"]
 
 

@@ -20,17 +20,27 @@ TRAINING_ENDINGS = (".training.json", ".training.png")
 
 # What heatmap models have, and what they have not, by the ends of files' names.
 HEATMAP_FILES = "models/{0}.onnx, reports/{0}.eval.json, models/{0}/merged/MANIFEST.json and adapters/{0}/MANIFEST.json"
-LANGUAGE_ENDINGS = (".gguf", ".gguf.json", "Modelfile", ".chat.json", ".smoke.json", ".rag.json")
+LANGUAGE_ENDINGS = (".gguf", ".gguf.json", "Modelfile", ".chat.json", ".quality.json", ".smoke.json", ".rag.json")
+QUALITY_ENDINGS = (".quality.json", ".quality.png")
 
 
 def final_files(project: Project) -> list[str]:
-    """Default GGUF and Modelfile of every language model, ONNX file of every heatmap model."""
+    """
+    Default GGUF and Modelfile of every language model, that its limits are met if it has any, and ONNX file of every
+    heatmap model.
+    """
     files = [
         file
         for name, model in project.models.items()
         for file in (f"models/{name}.{model.default_quant}.gguf", f"models/{name}.Modelfile")
     ]
+    files += [passed_file(name) for name, model in project.models.items() if model.quality and model.quality.limits]
     return files + [f"models/{name}.onnx" for name in project.heatmaps]
+
+
+def passed_file(name: str) -> str:
+    """What says that a model's types are within its limits."""
+    return f"work/{name}/quality.json"
 
 
 def evaluated(project: Project) -> list[str]:
@@ -40,7 +50,7 @@ def evaluated(project: Project) -> list[str]:
 
 def report_files(project: Project) -> list[str]:
     """What the HTML report shows of every model, where it was made."""
-    endings = ("training.png", "resources.png", "smoke.json", "rag.json")
+    endings = ("training.png", "resources.png", "quality.png", "smoke.json", "rag.json")
     files = [f"reports/{name}.{ending}" for name in project.models for ending in endings]
     heatmap_endings = ("training.png", "resources.png", "eval.json")
     return files + [f"reports/{name}.{ending}" for name in project.heatmaps for ending in heatmap_endings]
@@ -65,12 +75,13 @@ def model_names(project: Project, names: Collection[str] | None = None, *, witho
 
 def wrong_targets(project: Project) -> str:
     """A regular expression for files in our folders that no rule makes and that are no input of the user's."""
-    every, adapted, trained, asked, calibrated, documented = (
+    every, adapted, trained, judged, asked, calibrated, documented = (
         "|".join(names) or "(?!)"
         for names in (
             project.models,
             [name for name, model in project.models.items() if model.adapter],
             [name for name, model in project.models.items() if model.adapter and model.adapter.train],
+            [name for name, model in project.models.items() if model.quality],
             [name for name, model in project.models.items() if model.adapter and model.smoke],
             [name for name, model in project.models.items() if model.quantize.imatrix],
             [name for name, model in project.models.items() if model.rag],
@@ -93,6 +104,7 @@ def wrong_targets(project: Project) -> str:
         rf"reports/({calibrated})\.({low_types})\.chat\.json",
         rf"reports/({trained})\.training\.(json|png)",
         rf"reports/({every})\.resources\.(json|png)",
+        rf"reports/({judged})\.quality\.(json|png)",
         rf"reports/({asked})\.smoke\.json",
         rf"reports/({documented})\.rag\.json",
         rf"ollama/({every})\.json",
@@ -114,6 +126,7 @@ def _users_files(model: Model) -> Iterator[str]:
     train = model.adapter and model.adapter.train
     imatrix = model.quantize.imatrix
     files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions, imatrix and imatrix.text]
+    files += [model.quality.text, model.quality.general_text] if model.quality else []
     files += [model.rag.questions, *map(str, document_files(Path(model.rag.documents)))] if model.rag else []
     yield from (re.escape(os.path.normpath(file)) for file in files if file)
     for folder in (model.base.path, model.adapter and model.adapter.path):
@@ -145,6 +158,8 @@ def explain_target(target: str, project: Project) -> str:
         if project.models[model].adapter is None:
             return f"{target}: {model} has no adapter in config.yaml, so nothing was trained"
         return f"{target}: {model}'s adapter was not trained here, so there is no record of its training"
+    if rest.endswith(QUALITY_ENDINGS):
+        return f"{target}: {model} has no quality.text in config.yaml"
     if rest.endswith(".smoke.json"):
         if project.models[model].adapter is None:
             return f"{target}: {model} has no adapter in config.yaml, so there is nothing to compare with its base"

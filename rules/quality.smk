@@ -1,0 +1,176 @@
+# In: a model's 16-bit GGUF, its quantized types, a text. Out: reports/{model}.quality.{json,png}, what quantizing and
+# tuning cost the model; work/{model}/quality.types.json, the figures; work/{model}/quality.json, the limits are met.
+JUDGED = [name for name, model in PROJECT.models.items() if model.quality]
+LIMITED = [name for name in JUDGED if spec(name).quality.limits]
+
+
+rule check_quality_text:
+    """Check the text that files are judged by before anything long starts, and write down which it is."""
+    input:
+        text=lambda w: spec(w.model).quality.text,
+    output:
+        identity="work/{model}/quality_text.json",
+    log:
+        "logs/{model}/check_quality_text.log",
+    benchmark:
+        "logs/{model}/check_quality_text.jsonl"
+    wildcard_constraints:
+        model="|".join(JUDGED) or "(?!)",
+    priority: 100
+    retries: 0
+    localrule: True
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("check_calibration.py"),
+        code=code_digest("check_calibration.py"),
+    shell:
+        "{params.python} {params.script:q}" " --text {input.text:q}" " --output {output.identity:q}" " --log {log:q}"
+
+
+rule measure_types:
+    """
+    Compare all types with the 16-bit file, by what it says of each token, which is kept in a file meanwhile.
+
+    One job, since that file is large and no artifact; figures of the same files are not measured again.
+    """
+    input:
+        source=lambda w: quantize_source(tuned(w)) + ".json",
+        gguf=lambda w: ancient(quantize_source(tuned(w))),
+        manifests=lambda w: [f"{file}.json" for file in compared_files(w)],
+        ggufs=lambda w: ancient(compared_files(w)),
+        text_identity="work/{model}/quality_text.json",
+        text=lambda w: ancient(spec(w.model).quality.text),
+        general_text=lambda w: spec(w.model).quality.general_text or [],
+        llama_cpp="work/llama_cpp.json",
+    output:
+        figures="work/{model}/quality.types.json",
+    log:
+        "logs/{model}/measure_types.log",
+    benchmark:
+        "logs/{model}/measure_types.jsonl"
+    wildcard_constraints:
+        model="|".join(JUDGED) or "(?!)",
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware).mem_mb,
+        disk_mb=lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware).disk_mb,
+        runtime=lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware).runtime,
+        gpu=lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware).gpu,
+        gpu_mem_mb=lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware).gpu_mem_mb,
+    params:
+        python=on_gpus(lambda w: estimate.measure_needs(spec(w.model), PROJECT.hardware)),
+        script=script("measure_types.py"),
+        code=code_digest("measure_types.py"),
+        types=compared_options,
+        settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
+        chunks=lambda w: spec(w.model).quality.chunks,
+        general=general_options,
+        # Not recorded: figures of a GPU are as good.
+        device=lambda w, input: spec(w.model).quality.device,
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --reference {input.gguf:q}"
+        " {params.types}"
+        " --text {input.text:q}"
+        " --chunks {params.chunks}"
+        " {params.general}"
+        " {params.settings}"
+        " --device {params.device}"
+        " --known work/{wildcards.model}/quality"
+        " --output {output.figures:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
+rule report_quality:
+    """Put the figures of all files together."""
+    input:
+        types="work/{model}/quality.types.json",
+    output:
+        report="reports/{model}.quality.json",
+        picture=report(
+            "reports/{model}.quality.png",
+            caption="../report/quality.rst",
+            category="Quality",
+            labels={"model": "{model}", "shows": "divergence and agreement of each type, by size"},
+        ),
+    log:
+        "logs/{model}/report_quality.log",
+    benchmark:
+        "logs/{model}/report_quality.jsonl"
+    wildcard_constraints:
+        model="|".join(JUDGED) or "(?!)",
+    retries: 0
+    localrule: True
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("report_quality.py"),
+        code=code_digest("report_quality.py"),
+        matrices=matrix_options,
+    shell:
+        "{params.python} {params.script:q}"
+        " --model {wildcards.model}"
+        " --types {input.types:q}"
+        " {params.matrices}"
+        " --output {output.report:q}"
+        " --picture {output.picture:q}"
+        " --log {log:q}"
+
+
+rule check_quality:
+    """Hold a model's types to the limits that are set for them."""
+    input:
+        report="reports/{model}.quality.json",
+    output:
+        passed=passed_file("{model}"),
+    log:
+        "logs/{model}/check_quality.log",
+    benchmark:
+        "logs/{model}/check_quality.jsonl"
+    wildcard_constraints:
+        model="|".join(LIMITED) or "(?!)",
+    retries: 0
+    localrule: True
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("check_quality.py"),
+        code=code_digest("check_quality.py"),
+        types=quantized_types,
+        limits=limit_options,
+    shell:
+        "{params.python} {params.script:q}"
+        " --report {input.report:q}"
+        " --types {params.types}"
+        " {params.limits}"
+        " --output {output.passed:q}"
+        " --log {log:q}"

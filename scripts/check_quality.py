@@ -1,0 +1,53 @@
+"""Hold a model's quantized types to the limits that are set for them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lib.cli import run_script, script_parser
+from lib.console import say
+from lib.jsonfile import read_json, write_json
+from lib.options import add_setting
+from lib.perplexity import QualityError
+from lib.quality_report import LIMITS, refused
+
+
+def check_quality(*, report: Path, types: list[str], limits: dict[str, float], output: Path) -> None:
+    """
+    Write down that all types are within the limits.
+
+    Args:
+        report: of report_quality.py.
+        types: those that are held to the limits.
+        limits: by their settings in `quality`.
+
+    Raises:
+        QualityError: with the figures of each type that is not, and what to try; no file is touched.
+    """
+    measured = read_json(report)
+    if problems := refused(measured, types, limits):
+        told = [f"{measured['model']} is not as good as its limits in `quality` ask for:", *problems]
+        raise QualityError("\n  ".join([*told, f"all files are kept; all figures are in {report}"]))
+    write_json(output, {"types": types, "limits": limits})
+    say(f"{', '.join(types)} of {measured['model']}: within the limits")
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__, threads=False)
+    parser.add_argument("--report", type=Path, required=True, metavar="FILE", help="of report_quality.py")
+    parser.add_argument("--types", nargs="+", required=True, metavar="TYPE", help="types that have to be within them")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where it is written down")
+    for name in LIMITS:
+        add_setting(parser, "quality", name)
+
+    def work(arguments: argparse.Namespace) -> None:
+        limits = {name: getattr(arguments, name) for name in LIMITS if getattr(arguments, name) is not None}
+        check_quality(report=arguments.report, types=arguments.types, limits=limits, output=arguments.output)
+
+    run_script(parser, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What quantizing, tuning and merging cost a model: the report's content, its table, its picture, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.calibration import CHUNK_TOKENS
+from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX
+from lib.training_report import BLUE, DOTS_PER_INCH, GREY, ORANGE
+
+# How a file is made otherwise than the model's own, in names of files: without its importance matrix, or with that of
+# the general text.
+PLAIN, GENERAL = "-plain", "-general"
+VARIANTS = ("", PLAIN, GENERAL)
+NO_MATRIX = "none"
+COLOURS = {"": BLUE, PLAIN: GREY, GENERAL: ORANGE}
+FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_999", "top1")
+JUDGED_TOKENS = CHUNK_TOKENS - 1 - CHUNK_TOKENS // 2
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """
+    What the importance matrices of a model are computed from, in words.
+
+    Attributes:
+        own: by quantize.imatrix; None without one.
+        general: by quality.general_text.
+    """
+
+    own: str | None
+    general: str | None
+
+    def variants(self, quant: str) -> list[str]:
+        """The ways in which a file of that type is made and compared."""
+        if self.own is None or quant in IGNORE_IMATRIX:
+            return [""]
+        plain = [] if quant in NEED_IMATRIX else [PLAIN]
+        return ["", *plain, *([GENERAL] if self.general else [])]
+
+    def describe(self, quant: str, variant: str) -> str:
+        """The matrix that such a file is made with."""
+        if quant in IGNORE_IMATRIX or variant == PLAIN:
+            return NO_MATRIX
+        return (self.general if variant == GENERAL else self.own) or NO_MATRIX
+
+
+def compose(
+    *,
+    model: str,
+    types: Mapping[str, Any],
+    matrices: Matrices,
+    held_out: Mapping[str, Mapping[str, Any]] | None,
+    base_weights: Mapping[str, Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """
+    The report.
+
+    Args:
+        model: its name.
+        types: what measure_types.py found.
+        matrices: which importance matrices the types were made with.
+        held_out: of "tuned" and "base", perplexities of the held-out part of the training data.
+        base_weights: of "original" and "nf4", figures of a merge into them beside the model as it was trained.
+    """
+    reference = types["reference"]
+    rows = [{**row, "matrix": matrices.describe(row["type"], row["variant"])} for row in types["types"]]
+    rows.sort(key=lambda row: (-BITS_PER_WEIGHT[row["type"]], row["type"], VARIANTS.index(row["variant"])))
+    report = {
+        "model": model,
+        "text": types["text"],
+        "chunks": reference["chunks"],
+        "tokens": reference["chunks"] * JUDGED_TOKENS,
+        "reference": reference,
+        "types": rows,
+        "tuning": None,
+        "base_weights": None,
+    }
+    if held_out:
+        shared = {key: held_out["tuned"][key] for key in ("text", "context", "chunks")}
+        each = {role: {key: found[key] for key in ("perplexity", "error")} for role, found in held_out.items()}
+        ratio = held_out["tuned"]["perplexity"] / held_out["base"]["perplexity"]
+        report["tuning"] = {**shared, **each, "ratio": round(ratio, 5)}
+    if base_weights:
+        each = {weights: {key: found[key] for key in FIGURES} for weights, found in base_weights.items()}
+        report["base_weights"] = {**each, "nearer": min(each, key=lambda weights: each[weights]["mean_kld"])}
+    return report
+
+
+def write_table(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    reference = report["reference"]
+    lines = ["| type | importance matrix | MB | perplexity | mean KLD | 99.9 % KLD | same top token |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines.append(f"| {_type_of(reference)} | | {reference['size'] / 1e6:,.1f} | {reference['perplexity']:.3f} | | | |")
+    lines += [
+        f"| {row['type']} | {row['matrix']} | {row['size'] / 1e6:,.1f} | {row['perplexity']:.3f} | "
+        f"{row['mean_kld']:.5f} | {row['kld_999']:.3f} | {row['top1']:.2%} |"
+        for row in report["types"]
+    ]
+    return "\n".join([*lines, *("\n" + line for line in describe_training(report))])
+
+
+def describe_training(report: Mapping[str, Any]) -> Iterator[str]:
+    """What tuning did, and which merge is nearer to it, a sentence each."""
+    if tuning := report["tuning"]:
+        base, tuned = tuning["base"]["perplexity"], tuning["tuned"]["perplexity"]
+        judgement = "the tuning lowered it" if tuned < base else "the tuning did not lower it"
+        yield f"Held-out training data: perplexity {base:.3f} before tuning, {tuned:.3f} after; {judgement}."
+    if merges := report["base_weights"]:
+        each = [
+            f"{merges[weights]['mean_kld']:.5f} nats ({merges[weights]['top1']:.2%} same top token) merged into {name}"
+            for weights, name in (("original", "the original weights"), ("nf4", "those of its 4-bit training"))
+        ]
+        yield f"Away from the model as it was trained: {', '.join(each)}; nearer: {merges['nearer']}."
+
+
+def _type_of(gguf: Mapping[str, Any]) -> str:
+    return str(gguf["name"]).removesuffix(".gguf").rpartition(".")[2]
+
+
+def draw(report: Mapping[str, Any], picture: Path) -> None:
+    """Draw divergence and agreement by size; the same report gives the same bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(f"{report['model']}: quantized types beside {_type_of(report['reference'])}")
+    left, right = figure.subplots(1, 2)
+    shown: set[str] = set()
+    for row in report["types"]:
+        size, colour = row["size"] / 1e9, COLOURS[row["variant"] if row["matrix"] != NO_MATRIX else PLAIN]
+        label = f"importance matrix: {row['matrix']}"
+        for axes, height in ((left, row["mean_kld"]), (right, 100 * row["top1"])):
+            axes.plot(size, height, "o", color=colour, label=None if label in shown else label)
+            axes.annotate(row["type"], (size, height), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        shown.add(label)
+    left.set_yscale("log")
+    left.set_ylabel("mean KL divergence (nats a token)")
+    right.set_ylabel("same likeliest token (%)")
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("size (GB)")
+        axes.margins(x=0.15, y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=DOTS_PER_INCH, metadata={"Software": None}, format="png")
+
+
+# By the setting: the figure that it limits, and whether that may be no larger than the limit.
+LIMITS = {
+    "max_kld": ("mean_kld", True),
+    "min_top1": ("top1", False),
+    "max_perplexity_ratio": ("perplexity_ratio", True),
+}
+
+
+def outside(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
+    """What of a type's figures is outside of the limits, in words."""
+    told = []
+    for key, limit in limits.items():
+        figure, largest = LIMITS[key]
+        if (row[figure] > limit) if largest else (row[figure] < limit):
+            told.append(f"{figure} {row[figure]:g}, quality.{key} is {limit:g}")
+    return told
+
+
+def refused(report: Mapping[str, Any], types: list[str], limits: Mapping[str, float]) -> list[str]:
+    """
+    The types that are not within the limits, a line each, and what to try.
+
+    Args:
+        types: those that are built for use; others in the report were only compared.
+    """
+    own = {row["type"]: row for row in report["types"] if not row["variant"]}
+    bad = {quant: told for quant in types if quant in own and (told := outside(own[quant], limits))}
+    if not bad:
+        return []
+    lines = [f"{quant}: {'; '.join(told)}" for quant, told in bad.items()]
+    good = [quant for quant, row in own.items() if quant not in bad and not outside(row, limits)]
+    smallest = min(good, key=lambda quant: own[quant]["size"], default=None)
+    larger = f"a larger type ({smallest} is within the limits)" if smallest else "a larger type"
+    tries = [f"quantize.types: {larger}"]
+    if any(own[quant]["matrix"] == NO_MATRIX and quant not in IGNORE_IMATRIX for quant in bad):
+        tries.append("quantize.imatrix.text: an importance matrix")
+    tries.append("quantize.leave_output_tensor: true")
+    return [*lines, f"try {', or '.join(tries)}"]

@@ -1,0 +1,291 @@
+"""What quantizing costs a model: llama.cpp's own figures, limits that hold, and nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, copy_built, planned_rules, run_snakemake
+from PIL import Image
+from test_rebuild import plan, set_in_config
+from tiny import write_text
+
+from lib.llama_cpp import LlamaCpp
+from lib.logits_file import LogitsError, logits_bytes, read_logits_file
+from lib.perplexity import Evaluator, QualityError
+from lib.quality_report import Matrices, refused
+
+pytestmark = pytest.mark.slow
+
+CHUNKS = 3
+REPORT = "reports/tiny.quality.json"
+SETTINGS = {"text": "judged by.txt", "chunks": CHUNKS, "types": ["q8_0", "iq2_xs"], "general_text": "general.txt"}
+MATRIX = {"types": ["q4_k_m"], "imatrix": {"text": "weighed by.txt", "chunks": 2}}
+
+
+def configure(project: Path, checkout: Path, **quality: Any) -> None:
+    set_in_config("models", "tiny", "quality", value={**SETTINGS, **quality})(project, checkout)
+
+
+@pytest.fixture(scope="module")
+def judged(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the built folder whose types were measured, and the output of that run."""
+    project, checkout = copy_built(built, tmp_path_factory.mktemp("judged") / "a place 場")
+    text = write_text(project / "judged by.txt").read_text().splitlines()
+    (project / "general.txt").write_text("\n".join(sorted(text)))
+    (project / "weighed by.txt").write_text("\n".join(reversed(text)))
+    set_in_config("models", "tiny", "quantize", value=MATRIX)(project, checkout)
+    configure(project, checkout)
+    done = run_snakemake(project, "-j1", REPORT, checkout=checkout)
+    assert done.returncode == 0, done.stderr
+    assert "| iq2_xs | weighed by.txt |" in done.stderr
+    return project
+
+
+def read_report(project: Path) -> dict[str, Any]:
+    return json.loads((project / REPORT).read_text())
+
+
+def run_evaluator(llama_cpp: LlamaCpp, project: Path, gguf: str, *words: object) -> str:
+    command = [llama_cpp.tool("llama-perplexity"), "-m", gguf, "-c", 512, "-b", 512, "-ngl", 0, *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=project, check=True)
+    return done.stdout + done.stderr
+
+
+def test_figures_are_those_that_llama_cpp_prints(judged: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    report, logits = read_report(judged), tmp_path / "logits"
+    said = run_evaluator(
+        llama_cpp,
+        judged,
+        "models/tiny.f16.gguf",
+        "-f",
+        "judged by.txt",
+        "--chunks",
+        CHUNKS,
+        "--kl-divergence-base",
+        logits,
+    )
+    assert f"PPL = {report['reference']['perplexity']:.4f} +/- {report['reference']['error']:.5f}" in said
+    for row in report["types"]:
+        if row["variant"]:
+            continue
+        said = run_evaluator(
+            llama_cpp, judged, f"models/tiny.{row['type']}.gguf", "--kl-divergence", "--kl-divergence-base", logits
+        )
+        for line in (
+            f"Mean PPL(Q)                   : {row['perplexity']:10.6f} ±",
+            f"Mean PPL(Q)/PPL(base)         : {row['perplexity_ratio']:10.6f} ±",
+            f"Mean    KLD: {row['mean_kld']:10.6f} ±",
+            f"99.9%   KLD: {row['kld_999']:10.6f}",
+            f"Same top p: {100 * row['top1']:6.3f} ±",
+        ):
+            assert line in said
+
+
+def test_every_type_is_measured_with_and_without_a_matrix(judged: Path) -> None:
+    report = read_report(judged)
+    assert [(row["type"], row["matrix"]) for row in report["types"]] == [
+        ("q8_0", "none"),
+        ("q4_k_m", "weighed by.txt"),
+        ("q4_k_m", "none"),
+        ("q4_k_m", "general.txt"),
+        ("iq2_xs", "weighed by.txt"),
+        ("iq2_xs", "general.txt"),
+    ]
+    found = {(row["type"], row["variant"]): row for row in report["types"]}
+    assert found["q8_0", ""]["mean_kld"] < found["q4_k_m", ""]["mean_kld"] < found["iq2_xs", ""]["mean_kld"]
+    assert len({row["sha256"] for row in report["types"]}) == 6
+    assert report["tokens"] == CHUNKS * 255
+    assert found["q4_k_m", ""]["size"] == (judged / "models/tiny.q4_k_m.gguf").stat().st_size
+
+
+def test_what_was_made_for_it_alone_is_gone(judged: Path) -> None:
+    left = [str(path.relative_to(judged)) for path in (judged / "work/tiny").rglob("*") if path.is_file()]
+    assert not [path for path in left if path.endswith((".logits", ".gguf"))]
+    assert plan(judged, ROOT, REPORT) == set()
+
+
+def test_the_picture_shows_something(judged: Path) -> None:
+    with Image.open(judged / "reports/tiny.quality.png") as picture:
+        assert picture.size[0] > 800
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+
+
+def copied(judged: Path, tmp_path: Path) -> Path:
+    shutil.copytree(judged, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def measured_again(project: Path, before: Path) -> set[str]:
+    """Make the report anew; of which files the figures were not known."""
+    done = run_snakemake(project, "-j1", REPORT)
+    assert done.returncode == 0, done.stderr
+    assert read_report(project)["reference"] == read_report(before)["reference"]
+    return set(re.findall(r"^([a-z0-9_-]+): mean divergence", done.stderr, re.MULTILINE))
+
+
+def test_another_type_measures_that_alone(judged: Path, tmp_path: Path) -> None:
+    project = copied(judged, tmp_path)
+    configure(project, ROOT, types=["q8_0", "q6_k"])
+    rules = Counter(rule for rule, _ in plan(project, ROOT, REPORT))
+    assert rules == {"quantize_gguf": 1, "measure_types": 1, "report_quality": 1}
+    assert measured_again(project, judged) == {"q6_k", "q6_k-plain", "q6_k-general"}
+    old, new = (read_report(each)["types"] for each in (judged, project))
+    assert [row for row in new if row["type"] != "q6_k"] == [row for row in old if row["type"] != "iq2_xs"]
+
+
+def test_another_general_text_measures_what_was_made_by_it(judged: Path, tmp_path: Path) -> None:
+    project = copied(judged, tmp_path)
+    (project / "general.txt").write_text((project / "general.txt").read_text()[::-1])
+    assert measured_again(project, judged) == {"q4_k_m-general", "iq2_xs-general"}
+
+
+def test_a_broken_off_measurement_goes_on(judged: Path, tmp_path: Path) -> None:
+    """As a killed one leaves it: figures of some files, no output, and what was made for it."""
+    project = copied(judged, tmp_path)
+    for path in (REPORT, "work/tiny/quality.types.json"):
+        (project / path).unlink()
+    (project / "work/tiny/quality/q8_0.json").write_text("{")
+    (project / "work/tiny/.quality.types.json.scratch").mkdir()
+    assert measured_again(project, judged) == {"q8_0"}
+    assert read_report(project) == read_report(judged)
+    assert not (project / "work/tiny/.quality.types.json.scratch").exists()
+
+
+@pytest.mark.parametrize("edit", ["text", "chunks"])
+def test_another_text_or_length_measures_all(judged: Path, tmp_path: Path, edit: str) -> None:
+    project = copied(judged, tmp_path)
+    if edit == "text":
+        write_text(project / "judged by.txt", repeats=21)
+    else:
+        configure(project, ROOT, chunks=2)
+    assert "measure_types" in {rule for rule, _ in plan(project, ROOT, REPORT)}
+    done = run_snakemake(project, "-j1", REPORT)
+    assert done.stderr.count(": mean divergence") == 6
+
+
+def test_limits_that_are_not_met_fail_all_and_leave_the_files(judged: Path, tmp_path: Path) -> None:
+    project = copied(judged, tmp_path)
+    worst = next(row for row in read_report(project)["types"] if row["type"] == "q4_k_m" and not row["variant"])
+    configure(project, ROOT, max_kld=worst["mean_kld"] / 2)
+    before = {path: path.read_bytes() for path in (project / REPORT, project / "models/tiny.q4_k_m.gguf")}
+    done = run_snakemake(project, "-j1")
+    assert done.returncode == 1
+    assert "tiny is not as good as its limits in `quality` ask for:" in done.stderr
+    assert f"q4_k_m: mean_kld {worst['mean_kld']:g}, quality.max_kld is {worst['mean_kld'] / 2:g}" in done.stderr
+    assert "try quantize.types: a larger type (q8_0 is within the limits)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    configure(project, ROOT, max_kld=worst["mean_kld"] * 2, min_top1=worst["top1"] / 2)
+    done = run_snakemake(project, "-j1")
+    assert done.returncode == 0, done.stderr
+    assert planned_rules(done) == {"check_quality"}
+    assert plan(project, ROOT) == set()
+
+
+ROW = {"variant": "", "matrix": "none", "perplexity_ratio": 1.0, "mean_kld": 0.1, "top1": 0.9, "size": 2}
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"max_kld": 0.1, "min_top1": 0.9, "max_perplexity_ratio": 1.0}, None),
+        ({"max_kld": 0.09}, "q4_k_m: mean_kld 0.1, quality.max_kld is 0.09"),
+        ({"min_top1": 0.91}, "q4_k_m: top1 0.9, quality.min_top1 is 0.91"),
+        ({"max_perplexity_ratio": 0.99}, "q4_k_m: perplexity_ratio 1, quality.max_perplexity_ratio is 0.99"),
+    ],
+)
+def test_each_limit(limits: dict[str, float], told: str | None) -> None:
+    report = {"types": [{**ROW, "type": "q4_k_m"}, {**ROW, "type": "q2_k", "mean_kld": 9.0}]}
+    lines = refused(report, ["q4_k_m"], limits)
+    assert lines[:1] == ([told] if told else [])
+    if told:
+        assert "quantize.imatrix.text" in lines[-1] and "quantize.leave_output_tensor" in lines[-1]
+
+
+def test_a_larger_type_is_proposed_by_what_was_measured() -> None:
+    """Of the demo q5_k_m is further from the 16-bit file than q4_k_m, so that size alone would mislead."""
+    sizes = {"q4_k_m": (4, 0.06), "q5_k_m": (5, 0.13), "q6_k": (6, 0.01)}
+    rows = [{**ROW, "type": quant, "size": size, "mean_kld": kld} for quant, (size, kld) in sizes.items()]
+    assert "(q6_k is within the limits)" in refused({"types": rows}, ["q4_k_m"], {"max_kld": 0.05})[-1]
+
+
+def test_types_without_use_for_a_matrix_have_one_row() -> None:
+    both, own, neither = Matrices("own", "general"), Matrices("own", None), Matrices(None, None)
+    assert both.variants("q4_k_m") == ["", "-plain", "-general"] and both.variants("q8_0") == [""]
+    assert own.variants("iq2_xs") == [""] and neither.variants("q4_k_m") == [""]
+    assert (both.describe("q4_k_m", ""), both.describe("q4_k_m", "-plain"), both.describe("q8_0", "")) == (
+        "own",
+        "none",
+        "none",
+    )
+
+
+@pytest.fixture
+def evaluator(llama_cpp: LlamaCpp) -> Evaluator:
+    return Evaluator(llama_cpp, threads=2)
+
+
+def test_a_short_text_is_judged_in_shorter_chunks(judged: Path, evaluator: Evaluator, tmp_path: Path) -> None:
+    text = (judged / "judged by.txt").read_text()
+    (tmp_path / "short.txt").write_text(text[:400])
+    found = evaluator.perplexity(judged / "models/tiny.f16.gguf", tmp_path / "short.txt", chunks=40)
+    said = run_evaluator(
+        evaluator.llama_cpp,
+        judged,
+        "models/tiny.f16.gguf",
+        "-f",
+        tmp_path / "short.txt",
+        "-c",
+        found.context,
+        "-b",
+        found.context,
+    )
+    assert found.context < 512 and f"PPL = {found.perplexity:.4f} +/-" in said
+    (tmp_path / "shorter.txt").write_text(text[:30])
+    with pytest.raises(QualityError, match=r"shorter.txt is too short: \d+ tokens, and 64 are the least"):
+        evaluator.perplexity(judged / "models/tiny.f16.gguf", tmp_path / "shorter.txt", chunks=40)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda whole: whole[:-1], "is not whole"),
+        (lambda whole: b"_logit!_" + whole[8:], "is no file of logits"),
+        (lambda whole: whole[:5], "is no file of logits"),
+    ],
+)
+def test_damaged_logits_are_refused(
+    judged: Path, evaluator: Evaluator, tmp_path: Path, damage: Callable[[bytes], bytes], told: str
+) -> None:
+    """llama-perplexity itself says nothing of a file that is cut off."""
+    logits = tmp_path / "logits"
+    evaluator.perplexity(judged / "models/tiny.f16.gguf", judged / "judged by.txt", chunks=CHUNKS, logits=logits)
+    held = read_logits_file(logits)
+    assert logits.stat().st_size == logits_bytes(vocabulary=held.vocabulary, chunks=held.chunks)
+    logits.write_bytes(damage(logits.read_bytes()))
+    with pytest.raises(LogitsError, match=told):
+        evaluator.divergence(judged / "models/tiny.q4_k_m.gguf", logits)
+
+
+def test_wrong_options_are_told_plainly(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words " * 1000)
+    command = [sys.executable, ROOT / "scripts/measure_types.py", "--reference=none.gguf", "--text=text.txt"]
+    command += ["--known=known", "--output=o.json", "--types"]
+    for words, status, told in (
+        (["q8_0=some.gguf"], 1, "none.gguf.json is missing"),
+        (["q4_k_m"], 2, "--types q4_k_m: expected TYPE=FILE, TYPE-plain or TYPE-general"),
+        (["q4_k_m-plain=x"], 2, "--types q4_k_m-plain=x: expected"),
+        (["q4_9=x"], 2, "--types q4_9=x: expected"),
+        (["q4_k_m-general"], 2, "--general-text: name the text"),
+    ):
+        done = subprocess.run([*map(str, command), *words], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (status, True, False), done.stderr
