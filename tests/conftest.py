@@ -43,7 +43,7 @@ def llama_cpp() -> LlamaCpp:
         commit=pinned["commit"],
         cmake_flags=(),
         threads=usable_cores(),
-        tools=(*TOOLS, "llama-imatrix", "llama-tokenize"),
+        tools=(*TOOLS, "llama-imatrix", "llama-perplexity", "llama-tokenize"),
     )
 
 
