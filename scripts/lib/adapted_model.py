@@ -30,23 +30,32 @@ class AdapterError(ModelmillError):
     """An adapter cannot be attached as asked."""
 
 
-def build_model(base: Path, settings: Train, *, gpus: Sequence[float], cleanup: ExitStack) -> PeftModel:
+def build_model(
+    base: Path,
+    settings: Train,
+    *,
+    gpus: Sequence[float],
+    cleanup: ExitStack,
+    attach: Callable[..., Any] | None = None,
+) -> PeftModel:
     """
-    Load the base, attach a fresh adapter and put both on their devices.
+    Load the base, attach an adapter and put both on their devices.
 
     Args:
         base: folder of the base checkpoint.
         settings: of the run.
         gpus: memory of each planned GPU in GiB; where there are none planned, those of this machine are taken.
         cleanup: takes care of temporary files at the end of the run.
+        attach: called as `attach_adapter` is, which attaches a fresh one, and by default that.
 
     Raises:
         BaseModelError: transformers cannot load the base.
         AdapterError: see `attach_adapter`.
     """
+    attach = attach or attach_adapter
     limits = weight_limits(gpus or _installed_gpus(settings), settings.offload.max_memory)
     if weights_beyond(base, settings, limits):
-        return _build_streamed(base, settings, limits, cleanup)
+        return _build_streamed(base, settings, limits, cleanup, attach)
     several = len([device for device in limits if device != "cpu"]) > 1
     if settings.device == "cpu":
         model = load_base(base, settings, device_map={"": "cpu"})
@@ -54,7 +63,7 @@ def build_model(base: Path, settings: Train, *, gpus: Sequence[float], cleanup: 
         model = load_base(base, settings, device_map="balanced" if several else "auto", max_memory=limits)
     else:
         model = load_base(base, settings, device_map={"": 0})
-    model = attach_adapter(model, settings, gradient_checkpointing=settings.gradient_checkpointing)
+    model = attach(model, settings, gradient_checkpointing=settings.gradient_checkpointing)
     _remove_inner_hooks(model)
     if settings.torch_compile == "on" or (settings.torch_compile == "auto" and settings.device == "cuda"):
         _compile_blocks(model)
@@ -122,19 +131,26 @@ def weights_beyond(base: Path, settings: Train | TrainHeatmap, limits: Mapping[i
     return (offload.use_cpu_offload or offload.use_disk_offload) and exceeds_cards(base, settings, limits)
 
 
-def _build_streamed(base: Path, settings: Train, limits: Mapping[int | str, int], cleanup: ExitStack) -> PeftModel:
+def _build_streamed(
+    base: Path,
+    settings: Train,
+    limits: Mapping[int | str, int],
+    cleanup: ExitStack,
+    attach: Callable[..., Any],
+) -> PeftModel:
     """A model on one device, of which some blocks are streamed in; not compiled, since its weights come and go."""
     import torch
 
     if not settings.gradient_checkpointing:
         say("streamed weights need gradient_checkpointing, which is switched on")
     model = load_base(base, settings, device_map={"": "cpu"})
-    model = attach_adapter(model, settings, gradient_checkpointing=True, streamed=True)
+    model = attach(model, settings, gradient_checkpointing=True, streamed=True)
     folder = offload_folder(settings, cleanup) if settings.offload.use_disk_offload else None
     place: int | str = 0 if settings.device == "cuda" else "cpu"
     stream_beyond(model, device=torch.device(place), limit=limits.get(place, 0), folder=folder)
     # So that neither the Trainer nor accelerate moves the whole model to the device.
-    model.get_base_model().hf_device_map = {f"block {i}": place for i in range(len(decoder_blocks(model)))}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.hf_device_map = {f"block {i}": place for i in range(len(decoder_blocks(model)))}
     return model
 
 

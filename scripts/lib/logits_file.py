@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 from typing import TYPE_CHECKING
 
 from lib.calibration import CHUNK_TOKENS
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 MAGIC = b"_logits_"
-NUMBERS = 3  # context, vocabulary and chunks, int32 each
+SIZES = Struct("<3i")  # context, vocabulary and chunks
 HIGHEST_CODE, DEEPEST = 65535, 16
 # Logits that are encoded at once: 2^21 in float64 are 17 MB.
 VALUES_AT_ONCE = 1 << 21
@@ -65,7 +66,7 @@ def predictions(context: int) -> int:
 
 def logits_bytes(*, vocabulary: int, chunks: int, context: int = CHUNK_TOKENS) -> int:
     """Size of a file."""
-    header = len(MAGIC) + 4 * NUMBERS + 4 * chunks * context
+    header = len(MAGIC) + SIZES.size + 4 * chunks * context
     return header + chunks * predictions(context) * 2 * _row_codes(vocabulary)
 
 
@@ -86,10 +87,10 @@ def read_logits_file(path: Path) -> LogitsFile:
     if not path.is_file():
         raise LogitsError(f"{path} is missing; llama-perplexity writes it when given --kl-divergence-base")
     with path.open("rb") as file:
-        magic, sizes = file.read(len(MAGIC)), np.frombuffer(file.read(4 * NUMBERS), "<i4")
-        if magic != MAGIC or len(sizes) < NUMBERS or (sizes < 1).any():
+        magic, sizes = file.read(len(MAGIC)), file.read(SIZES.size)
+        if magic != MAGIC or len(sizes) < SIZES.size or min(SIZES.unpack(sizes)) < 1:
             raise LogitsError(f"{path} is no file of logits that llama-perplexity wrote")
-        context, vocabulary, chunks = map(int, sizes)
+        context, vocabulary, chunks = SIZES.unpack(sizes)
         expected, found = logits_bytes(vocabulary=vocabulary, chunks=chunks, context=context), path.stat().st_size
         if found != expected:
             raise LogitsError(
@@ -114,11 +115,9 @@ def write_logits_file(path: Path, *, like: LogitsFile, logits: Iterable[ndarray]
         LogitsError: a value is not finite, so that it gives no probabilities.
         ValueError: not as many chunks or predictions as there have to be.
     """
-    import numpy as np
-
     shape, written = (predictions(like.context), like.vocabulary), 0
     with path.open("wb") as file:
-        file.write(MAGIC + np.array([like.context, like.vocabulary, like.chunks], "<i4").tobytes())
+        file.write(MAGIC + SIZES.pack(like.context, like.vocabulary, like.chunks))
         file.write(like.tokens.astype("<i4").tobytes())
         for chunk in logits:
             if chunk.shape != shape:
