@@ -376,6 +376,14 @@ def matrices_of(wildcards):
     return Matrices(own and Path(own.text).name, general and Path(general).name)
 
 
+def merges_file(wildcards):
+    return f"work/{wildcards.model}/quality.merges.json" if spec(wildcards.model).quality.base_weights else []
+
+
+def merges_needs(wildcards):
+    return estimate.compare_merges_needs(spec(wildcards.model), PROJECT.hardware)
+
+
 def compared_types(wildcards):
     """The types that are compared with the 16-bit file."""
     return list(dict.fromkeys([*quantized_types(wildcards), *spec(wildcards.model).quality.types]))

@@ -1,6 +1,7 @@
 # In: a model's 16-bit GGUF, its quantized types, a text. Out: reports/{model}.quality.{json,png}, what quantizing and
-# tuning cost the model; work/{model}/quality.types.json, the figures; work/{model}/quality.json, the limits are met.
+# merging cost the model; work/{model}/quality.types.json, the figures; work/{model}/quality.json, the limits are met.
 JUDGED = [name for name, model in PROJECT.models.items() if model.quality]
+MERGED_TWICE = [name for name in JUDGED if spec(name).quality.base_weights]
 LIMITED = [name for name in JUDGED if spec(name).quality.limits]
 
 
@@ -94,10 +95,66 @@ rule measure_types:
         " --log {log:q}"
 
 
+rule compare_merges:
+    """Merge into the original weights and into those of the 4-bit training, and compare both with what was trained."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        adapter="adapters/{model}/MANIFEST.json",
+        text_identity="work/{model}/quality_text.json",
+        text=lambda w: ancient(spec(w.model).quality.text),
+        llama_cpp="work/llama_cpp.json",
+    output:
+        figures="work/{model}/quality.merges.json",
+    log:
+        "logs/{model}/compare_merges.log",
+    benchmark:
+        "logs/{model}/compare_merges.jsonl"
+    wildcard_constraints:
+        model="|".join(MERGED_TWICE) or "(?!)",
+    conda:
+        "../envs/train.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: merges_needs(w).mem_mb,
+        disk_mb=lambda w: merges_needs(w).disk_mb,
+        runtime=lambda w: merges_needs(w).runtime,
+        gpu=lambda w: merges_needs(w).gpu,
+        gpu_mem_mb=lambda w: merges_needs(w).gpu_mem_mb,
+    params:
+        python=on_gpus(merges_needs),
+        script=script("compare_merges.py"),
+        code=code_digest("compare_merges.py"),
+        base=base_folder,
+        dtype=lambda w: spec(w.model).merge.dtype,
+        chunks=lambda w: spec(w.model).quality.chunks,
+        # By functions of the input, which are not recorded: figures of a GPU are as good.
+        device=lambda w, input: spec(w.model).quality.device,
+        merge_device=lambda w, input: spec(w.model).merge.device,
+        trained_device=lambda w, input: spec(w.model).adapter.train.device,
+        gpus=planned_gpus,
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --base-manifest {input.base:q}"
+        " --adapter adapters/{wildcards.model}"
+        " --dtype {params.dtype}"
+        " --text {input.text:q}"
+        " --chunks {params.chunks}"
+        " --device {params.device}"
+        " --merge-device {params.merge_device}"
+        " --trained-device {params.trained_device}"
+        " --gpus '{params.gpus}'"
+        " --output {output.figures:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
 rule report_quality:
     """Put the figures of all files together."""
     input:
         types="work/{model}/quality.types.json",
+        merges=merges_file,
     output:
         report="reports/{model}.quality.json",
         picture=report(
@@ -128,11 +185,13 @@ rule report_quality:
         script=script("report_quality.py"),
         code=code_digest("report_quality.py"),
         matrices=matrix_options,
+        merges=lambda w: f"--merges={merges_file(w)}" if merges_file(w) else "",
     shell:
         "{params.python} {params.script:q}"
         " --model {wildcards.model}"
         " --types {input.types:q}"
         " {params.matrices}"
+        " {params.merges}"
         " --output {output.report:q}"
         " --picture {output.picture:q}"
         " --log {log:q}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ def report_quality(
     model: str,
     types: Path,
     matrices: Matrices,
-    held_out: dict[str, Path],
-    base_weights: dict[str, Path],
+    merges: Path | None,
     output: Path,
     picture: Path,
 ) -> dict[str, Any]:
@@ -31,8 +29,7 @@ def report_quality(
         model: its name.
         types: what measure_types.py wrote.
         matrices: which importance matrices these were made with.
-        held_out: of "tuned" and "base", figures of the held-out part of the training data; or empty.
-        base_weights: of "original" and "nf4", figures of a merge into these; or empty.
+        merges: what compare_merges.py wrote.
 
     Returns:
         The report.
@@ -41,8 +38,7 @@ def report_quality(
         model=model,
         types=read_json(types),
         matrices=matrices,
-        held_out={role: read_json(path) for role, path in held_out.items()},
-        base_weights={weights: read_json(path) for weights, path in base_weights.items()},
+        merges=read_json(merges) if merges else None,
     )
     with finished_file(picture) as partial:
         draw(report, partial)
@@ -51,17 +47,12 @@ def report_quality(
     return report
 
 
-def _pair(names: tuple[str, str], paths: Sequence[Path] | None) -> dict[str, Path]:
-    return dict(zip(names, paths, strict=True)) if paths else {}
-
-
 def _work(arguments: argparse.Namespace) -> None:
     report_quality(
         model=arguments.model,
         types=arguments.types,
         matrices=Matrices(arguments.matrix, arguments.general_matrix),
-        held_out=_pair(("tuned", "base"), arguments.held_out),
-        base_weights=_pair(("original", "nf4"), arguments.base_weights),
+        merges=arguments.merges,
         output=arguments.output,
         picture=arguments.picture,
     )
@@ -76,12 +67,7 @@ def main() -> None:
         "--matrix", metavar="TEXT", help="what the model's importance matrix is computed from, in words"
     )
     parser.add_argument("--general-matrix", metavar="TEXT", help="likewise that of the variant `general`")
-    parser.add_argument(
-        "--held-out", type=Path, nargs=2, metavar=("TUNED", "BASE"), help="figures of the held-out training data"
-    )
-    parser.add_argument(
-        "--base-weights", type=Path, nargs=2, metavar=("ORIGINAL", "NF4"), help="figures of merges into these weights"
-    )
+    parser.add_argument("--merges", type=Path, metavar="FILE", help="figures, of compare_merges.py")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the report, JSON")
     parser.add_argument("--picture", type=Path, required=True, metavar="FILE", help="PNG")
     run_script(parser, _work)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, copy_built, planned_rules, run_snakemake
 from PIL import Image
 from test_rebuild import plan, set_in_config
@@ -22,6 +23,7 @@ from lib.llama_cpp import LlamaCpp
 from lib.logits_file import LogitsError, logits_bytes, read_logits_file
 from lib.perplexity import Evaluator, QualityError
 from lib.quality_report import Matrices, refused
+from lib.spec import resolve_project
 
 pytestmark = pytest.mark.slow
 
@@ -229,6 +231,25 @@ def test_types_without_use_for_a_matrix_have_one_row() -> None:
     )
 
 
+def test_the_table_of_the_readme_is_as_the_command_writes_it(judged: Path, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- quality of demo -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert shown
+    types = set(resolve_project(yaml.safe_load((ROOT / "config.yaml").read_text())).models["demo"].quality.types)
+    assert {"q4_k_m", *types} == {line.split()[1] for line in shown[1].splitlines()[3:]}
+    (tmp_path / "README.md").write_text("before\n<!-- quality of tiny -->\nold\n<!-- end -->\nafter\n")
+    command = [sys.executable, str(ROOT / "scripts/show_quality.py"), str(judged / REPORT)]
+    subprocess.run([*command, "--into", "README.md"], cwd=tmp_path, check=True)
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    written = (tmp_path / "README.md").read_text()
+    assert written == f"before\n<!-- quality of tiny -->\n{printed}<!-- end -->\nafter\n"
+    # The same columns as in the shipped README, and a line for each file.
+    assert printed.splitlines()[:2] == shown[1].splitlines()[:2] and len(printed.splitlines()) == 3 + 6
+    (tmp_path / "README.md").write_text("nothing\n")
+    done = subprocess.run([*command, "--into", "README.md"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "README.md has no lines <!-- quality of tiny -->" in done.stderr
+
+
 @pytest.fixture
 def evaluator(llama_cpp: LlamaCpp) -> Evaluator:
     return Evaluator(llama_cpp, threads=2)
@@ -289,3 +310,24 @@ def test_wrong_options_are_told_plainly(tmp_path: Path) -> None:
     ):
         done = subprocess.run([*map(str, command), *words], capture_output=True, text=True, cwd=tmp_path)
         assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (status, True, False), done.stderr
+
+
+@pytest.fixture(scope="module")
+def compared(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of a model trained by QLoRA, merged both ways."""
+    project = tmp_path_factory.mktemp("compared") / "project"
+    shutil.copytree(judged, project, symlinks=True)
+    configure(project, ROOT, base_weights=True, types=[])
+    set_in_config("models", "tiny", "adapter", "train", "method", value="qlora")(project, ROOT)
+    done = run_snakemake(project, "-j1", REPORT)
+    assert done.returncode == 0, done.stderr
+    assert "Away from the model as it was trained:" in done.stderr
+    assert not list((project / "work/tiny").glob("**/*.gguf"))
+    return read_report(project)["base_weights"]
+
+
+def test_the_merge_into_the_weights_of_training_is_nearer_to_it(compared: dict[str, Any]) -> None:
+    """Q8_0 alone is all that lies between it and the adapter on its 4-bit base; llama.cpp judges transformers here."""
+    assert compared["nearer"] == "nf4"
+    assert compared["nf4"]["mean_kld"] < compared["original"]["mean_kld"]
+    assert compared["nf4"]["mean_kld"] < 1e-3 and compared["nf4"]["top1"] > 0.95

@@ -93,7 +93,7 @@ def test_final_files(project: Project) -> None:
 def test_report_files(project: Project) -> None:
     files = report_files(project)
     assert "reports/plain.resources.png" in files and "reports/weighed.rag.json" in files
-    assert len(files) == len(set(files)) == 4 * len(project.models) + 3 * len(project.heatmaps)
+    assert len(files) == len(set(files)) == 5 * len(project.models) + 3 * len(project.heatmaps)
     assert {"reports/tennis.training.png", "reports/tennis.resources.png"} <= set(files)
 
 

@@ -32,6 +32,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "talks.jsonl": "{}\n",
         "asked.jsonl": "{}\n\n{}\n",
         "read.txt": "A sentence.\n" * 200,
+        "other.txt": "Another one.\n" * 200,
         "empty.txt": "",
         "notes/a.md": "Text.",
         "braced/good.md": "Text.",
@@ -216,6 +217,7 @@ NASTY: list[Any] = [
 FULL = [
     "m.ollama: {messages: [{role: user, content: a}], parameters: {stop: [END], num_ctx: 10, temperature: 0.1}}",
     "m.quantize: {imatrix: {text: read.txt}, tensor_type: {attn_v: q8_0}}",
+    "m.quality: {text: other.txt, general_text: read.txt, types: [q8_0], max_kld: 0.1, min_top1: 0.9}",
     "train.offload: {max_memory: {'0': 20GiB}}",
     f"models.p: {{base: {{hub: a/b, revision: main, shape: {json.dumps(SHAPE)}}}, adapter: {{path: given}}}}",
     f"models.l: {{base: {{hub: a/b, revision: main, shape: {json.dumps(SHAPE)}}}, adapter: {{latest_in: given}}}}",

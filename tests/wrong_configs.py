@@ -364,6 +364,41 @@ TABLE: dict[str, tuple[str, ...]] = {
         "q8_0 needs the matrix itself, by models.m.quantize.tensor_type; take f16",
         "m.quantize.imatrix.from",
     ),
+    # Quality
+    "quality without a text": ("m.quality: {chunks: 8}", "missing key 'text'"),
+    "missing text of quality": ("m.quality: {text: gone.txt}", "there is no file gone.txt", "m.quality.text"),
+    "short text of quality": ("m.quality: {text: talks.jsonl}", "talks.jsonl is too short: 3 bytes", "m.quality.text"),
+    "judged by what weighed it": (
+        "m.quality: {text: read.txt}\nm.quantize: {imatrix: {text: read.txt}}",
+        "the importance matrix is computed from it, which would flatter the types; take another",
+        "m.quality.text",
+    ),
+    "general text without a matrix": (
+        "m.quality: {text: read.txt, general_text: read.txt}",
+        "has nothing to be compared with; set models.m.quantize.imatrix.text, or take it out",
+        "m.quality.general_text",
+    ),
+    "type to compare that is none": (
+        "m.quality: {text: read.txt, types: [q4_km]}",
+        "unknown type 'q4_km'; did you mean 'q4_k_m'?",
+        "m.quality.types",
+    ),
+    "type to compare that needs a matrix": (
+        "m.quality: {text: read.txt, types: [iq1_s]}",
+        f"iq1_s {MATRIX}",
+        "m.quality.types",
+    ),
+    "merges of a LoRA": (
+        "m.quality: {text: read.txt, base_weights: true}\ntrain.method: lora",
+        "compares with the weights of a 4-bit training, and there is none; take it out",
+        "m.quality.base_weights",
+    ),
+    "share in percent": ("m.quality: {text: read.txt, min_top1: 95}", "95", "m.quality.min_top1"),
+    "quality on a GPU that is not planned": (
+        "m.quality: {text: read.txt, device: cuda}\nhardware.gpus: []",
+        "cuda, but hardware.gpus plans for none; set cpu, which takes longer",
+        "m.quality.device",
+    ),
     # llama.cpp, Ollama, questions
     "llama.cpp that is nowhere": ("llama_cpp.path: gone", "there is no folder gone"),
     **{

@@ -34,7 +34,7 @@ def check_sections(where: str, model: Section, *, keep_intermediates: bool) -> I
     if "quantize" in model:
         yield from check_quantize(f"{where}.quantize", model["quantize"], keep_intermediates=keep_intermediates)
     if quality := model.get("quality"):
-        yield from check_quality(f"{where}.quality", quality, model.get("quantize"))
+        yield from check_quality(f"{where}.quality", quality, model)
     for name in ("smoke", "rag"):
         if section := model.get(name):
             yield from check_questions(f"{where}.{name}", section)
@@ -153,18 +153,22 @@ def check_calibration(where: str, text: str) -> Iterator[str]:
         yield f"{where}: {problem}"
 
 
-def check_quality(where: str, quality: Section, quantize: Section | None) -> Iterator[str]:
-    """Texts that are judged by, and types that cannot be made or have no use."""
+def check_quality(where: str, quality: Section, model: Section) -> Iterator[str]:
+    """Texts that are judged by, types that cannot be made or have no use, and merges that cannot be compared."""
+    quantize, train = model.get("quantize"), (model.get("adapter") or {}).get("train")
+    matrix = f"{where.removesuffix('quality')}quantize.imatrix.text"
+    if quality["base_weights"] and "adapter" in model and (train or {}).get("method") not in ("qlora", "auto"):
+        yield f"{where}.base_weights: compares with the weights of a 4-bit training, and there is none; take it out"
     yield from check_calibration(f"{where}.text", quality["text"])
     if quality["general_text"] is not None:
         yield from check_calibration(f"{where}.general_text", quality["general_text"])
         if quantize and quantize["imatrix"] is None:
-            yield f"{where}.general_text: has nothing to be compared with; set quantize.imatrix.text, or take it out"
+            yield f"{where}.general_text: has nothing to be compared with; set {matrix}, or take it out"
     for name in quality["types"]:
         if name not in QUANTIZED_TYPES:
             yield f"{where}.types: unknown type {name!r}{suggest(name, QUANTIZED_TYPES)}"
         elif name in NEED_IMATRIX and quantize and quantize["imatrix"] is None:
-            yield f"{where}.types: {name} needs an importance matrix; set quantize.imatrix.text, or take a larger type"
+            yield f"{where}.types: {name} needs an importance matrix; set {matrix}, or take a larger type"
     if quantize and quantize["imatrix"] and quality["text"] == quantize["imatrix"]["text"]:
         yield f"{where}.text: the importance matrix is computed from it, which would flatter the types; take another"
 

@@ -271,6 +271,31 @@ def measure_needs(model: Model, hardware: Hardware) -> Needs:
     return Needs(in_mb(max(held, min(held + size, 0.9 * hardware.ram * GIB))), disk, in_minutes(seconds))
 
 
+def compare_merges_needs(model: Model, hardware: Hardware) -> Needs:
+    """
+    The model as it was trained, run over a chunk at a time; on the cards that training had, or in RAM.
+
+    The last term is of tensors on their way, as seen with a model of 0.5B; on disk lie both merges, and twice what a
+    model says of each token.
+    """
+    train = model.adapter.train if model.adapter else None
+    if model.quality is None or train is None:
+        return small_needs()
+    shape, merge = shape_of(model), direct_needs(model, ["q8_0"])
+    kind = {"qlora": "4-bit", "int8": "int8"}.get(train.method, "fp32" if train.precision == "fp32" else "fp16")
+    logits = logits_bytes(vocabulary=shape.vocab_size, chunks=model.quality.chunks)
+    disk = in_mb(2 * weight_bytes(model, "q8_0") + 2 * logits)
+    held = held_bytes(shape, kind) + 4 * lora_parameters(shape, train.lora.r)
+    computed = CHUNK_TOKENS // 2 * shape.vocab_size * (8 if train.precision == "fp32" else 6) + 0.9e9
+    runtime = 2 * merge.runtime + measure_needs(model, hardware).runtime
+    if train.device != "cuda":
+        memory = max(in_mb(INTERPRETER_BYTES + held + computed), merge.mem_mb)
+        return Needs(memory, disk, runtime)
+    cards = train_needs(model, hardware).gpu
+    memory = max(in_mb(training_ram(shape, train)), merge.mem_mb)
+    return Needs(memory, disk, runtime, gpu=cards, gpu_mem_mb=in_mb(1.11 * held / cards + computed + CUDA_BYTES))
+
+
 def _measured(model: Model) -> list[str]:
     """The types that are compared with the 16-bit file."""
     more = model.quality.types if model.quality else ()

@@ -1,4 +1,4 @@
-"""What quantizing, tuning and merging cost a model: the report's content, its table, its picture, and its limits."""
+"""What quantizing and merging cost a model: the report's content, its table, its picture, and its limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.calibration import CHUNK_TOKENS
+from lib.provenance import BASE_WEIGHTS
 from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX
 from lib.training_report import BLUE, DOTS_PER_INCH, GREY, ORANGE
 
@@ -53,8 +54,7 @@ def compose(
     model: str,
     types: Mapping[str, Any],
     matrices: Matrices,
-    held_out: Mapping[str, Mapping[str, Any]] | None,
-    base_weights: Mapping[str, Mapping[str, Any]] | None,
+    merges: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """
     The report.
@@ -63,8 +63,7 @@ def compose(
         model: its name.
         types: what measure_types.py found.
         matrices: which importance matrices the types were made with.
-        held_out: of "tuned" and "base", perplexities of the held-out part of the training data.
-        base_weights: of "original" and "nf4", figures of a merge into them beside the model as it was trained.
+        merges: what compare_merges.py found; None where that was not asked for.
     """
     reference = types["reference"]
     rows = [{**row, "matrix": matrices.describe(row["type"], row["variant"])} for row in types["types"]]
@@ -76,16 +75,10 @@ def compose(
         "tokens": reference["chunks"] * JUDGED_TOKENS,
         "reference": reference,
         "types": rows,
-        "tuning": None,
         "base_weights": None,
     }
-    if held_out:
-        shared = {key: held_out["tuned"][key] for key in ("text", "context", "chunks")}
-        each = {role: {key: found[key] for key in ("perplexity", "error")} for role, found in held_out.items()}
-        ratio = held_out["tuned"]["perplexity"] / held_out["base"]["perplexity"]
-        report["tuning"] = {**shared, **each, "ratio": round(ratio, 5)}
-    if base_weights:
-        each = {weights: {key: found[key] for key in FIGURES} for weights, found in base_weights.items()}
+    if merges:
+        each = {weights: {key: merges[weights][key] for key in FIGURES} for weights in BASE_WEIGHTS}
         report["base_weights"] = {**each, "nearer": min(each, key=lambda weights: each[weights]["mean_kld"])}
     return report
 
@@ -101,19 +94,15 @@ def write_table(report: Mapping[str, Any]) -> str:
         f"{row['mean_kld']:.5f} | {row['kld_999']:.3f} | {row['top1']:.2%} |"
         for row in report["types"]
     ]
-    return "\n".join([*lines, *("\n" + line for line in describe_training(report))])
+    return "\n".join([*lines, *("\n" + line for line in describe_merges(report))])
 
 
-def describe_training(report: Mapping[str, Any]) -> Iterator[str]:
-    """What tuning did, and which merge is nearer to it, a sentence each."""
-    if tuning := report["tuning"]:
-        base, tuned = tuning["base"]["perplexity"], tuning["tuned"]["perplexity"]
-        judgement = "the tuning lowered it" if tuned < base else "the tuning did not lower it"
-        yield f"Held-out training data: perplexity {base:.3f} before tuning, {tuned:.3f} after; {judgement}."
+def describe_merges(report: Mapping[str, Any]) -> Iterator[str]:
+    """Which merge is nearer to the model as it was trained, in a sentence."""
     if merges := report["base_weights"]:
         each = [
             f"{merges[weights]['mean_kld']:.5f} nats ({merges[weights]['top1']:.2%} same top token) merged into {name}"
-            for weights, name in (("original", "the original weights"), ("nf4", "those of its 4-bit training"))
+            for weights, name in BASE_WEIGHTS.items()
         ]
         yield f"Away from the model as it was trained: {', '.join(each)}; nearer: {merges['nearer']}."
 

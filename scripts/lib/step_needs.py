@@ -69,6 +69,7 @@ def needs_of(
         "train_adapter": estimate.train_needs,
         "compute_imatrix": estimate.imatrix_needs,
         "measure_types": estimate.measure_needs,
+        "compare_merges": estimate.compare_merges_needs,
     }
     of_model = {
         "fetch_base": estimate.fetch_needs,
