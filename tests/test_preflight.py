@@ -253,12 +253,12 @@ def test_a_limit_clips_neither_a_plan_nor_a_run(tmp_path: Path) -> None:
     limited = ("--resources", "gpu=1", "mem_mb=1000", "--", "models/deepseek32b.q4_k_m.gguf")
     planned = run_snakemake(tmp_path, "-n", *limited)
     trained = re.search(r"rule train_adapter:.*?resources: (.*?)\n", planned.stdout + planned.stderr, re.DOTALL)
-    assert trained and "gpu=2," in trained[1] and "mem_mb=6672," in trained[1], planned.stderr
+    assert trained and "gpu=2," in trained[1] and "mem_mb=2329," in trained[1], planned.stderr
     done = run_snakemake(tmp_path, "-j1", *limited)
     assert done.returncode == 1
     assert "a job is larger than a limit that was set (nothing was run):" in done.stderr
     assert "train_adapter deepseek32b needs gpu=2, --resources allows 1\n" in done.stderr
-    assert "train_adapter deepseek32b needs mem_mb=6672, --resources allows 1000\n" in done.stderr
+    assert "train_adapter deepseek32b needs mem_mb=2329, --resources allows 1000\n" in done.stderr
     assert not (tmp_path / "work").exists()
 
 

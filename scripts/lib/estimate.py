@@ -24,7 +24,6 @@ from lib.train_settings import Train
 PYTHON_BYTES = 0.415e9  # Python with torch imported
 INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
 CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
-LOADING_THREADS = 8
 ADAPTER_STATE, ADAPTER_GRADIENT = 12, 4  # bytes a weight: itself and two moments, in float32; its gradient
 GIB = 1 << 30
 # Of a weight of a linear layer: NF4 with double quantization takes 4.127 bits (Dettmers et al. 2023), LLM.int8 8 and
@@ -130,7 +129,8 @@ def train_needs(model: Model, hardware: Hardware) -> Needs:
     fitting = (n for n in range(1, most + 1) if training_bytes(shape, train, cards=n) <= card - CUDA_BYTES)
     count = next(fitting, most)
     each = in_mb(training_bytes(shape, train, cards=count) + CUDA_BYTES)
-    return Needs(in_mb(training_ram(shape, train)), disk_mb=1000, runtime=240, gpu=count, gpu_mem_mb=each)
+    memory = training_ram(shape, train, cards=count)
+    return Needs(in_mb(memory), disk_mb=1000, runtime=240, gpu=count, gpu_mem_mb=each)
 
 
 def training_bytes(shape: Shape, train: Train, *, cards: int = 1) -> float:
@@ -162,15 +162,14 @@ def training_bytes(shape: Shape, train: Train, *, cards: int = 1) -> float:
     return 1.1 * (spread + max(logits, block, ADAPTER_GRADIENT * adapter / cards + block))
 
 
-def training_ram(shape: Shape, train: Train) -> float:
+def training_ram(shape: Shape, train: Train, *, cards: int = 1) -> float:
     """
-    RAM of a training on cards, in bytes, the checkpoint's files not included: they are mapped and let go.
+    RAM of a training on cards, in bytes, without mapped checkpoints and libraries, which the kernel takes back.
 
-    What was seen once all is loaded, and the tensors on their way to the cards, which no measurement tells apart.
+    Most of it is for Python, torch and CUDA; a part grows with the weights (measured from 0.5B to 32B).
     """
-    quantized = {"qlora": 0.005, "int8": 0.015}.get(train.method, 0.0)
-    loading = 4 * shape.embedding + LOADING_THREADS * 2 * shape.hidden_size * shape.intermediate_size
-    memory = 1.13 * (0.98e9 + quantized * shape.parameters) + loading
+    quantizing = {"qlora": 0.05e9, "int8": 0.1e9}.get(train.method, 0.0)
+    memory = 1.1 * (1.41e9 + 0.017 * shape.parameters + quantizing + 0.1e9 * (cards - 1))
     if train.offload.use_cpu_offload:
         # Weights beyond the cards, and the activations that are kept.
         tokens = train.per_device_train_batch_size * train.max_length
