@@ -103,7 +103,7 @@ rule train_heatmap:
         model=HEATMAPS,
     conda:
         "../envs/train.yaml"
-    threads: 8
+    threads: lambda w: heatmap_estimate.train_threads(spec(w.model))
     resources:
         mem_mb=lambda w: heatmap_estimate.train_needs(spec(w.model)).mem_mb,
         disk_mb=lambda w: heatmap_estimate.train_needs(spec(w.model)).disk_mb,

@@ -80,7 +80,9 @@ def train_heatmap(
         "settings": {**plain(heatmap), **plain(use), **plain(train)},
         "versions": {name: version(name).partition("+")[0] for name in PACKAGES},
     }
+    # Neither changes a byte of what is learned.
     origin["settings"]["offload"].pop("offload_folder")
+    origin["settings"].pop("dataloader_num_workers")
     run = run_folder(checkpoints, {**origin, "code": code_digest("train_heatmap.py")})
     with finished_folder(output, inputs=[base, clips]) as partial, only_writer(run):
         places = Places(base=base, run=run, tensorboard=tensorboard)

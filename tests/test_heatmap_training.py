@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import heatmap_runs as runs
 import merge_heatmap
@@ -16,8 +17,9 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from lib import heatmap_training
 from lib.adapted_model import AdapterError
-from lib.frames import HeatmapSample
+from lib.frames import HeatmapBatch, HeatmapSample
 from lib.heatmap_folder import TRAINED, load_heatmap, normalize
 from lib.heatmap_trainer import HeatmapTrainer, mirror
 from lib.training_run import trainer_arguments
@@ -63,7 +65,7 @@ def make_trainer(
 
 
 def gradients(trainer: HeatmapTrainer, inputs: list[HeatmapSample]) -> dict[str, torch.Tensor]:
-    trainer.training_step(trainer.model, inputs)
+    trainer.training_step(trainer.model, HeatmapBatch.of(inputs))
     return {name: weight.grad.clone() for name, weight in trainer._trained.items() if weight.grad is not None}
 
 
@@ -142,7 +144,7 @@ def test_memory_that_runs_out_splits_the_update(
         trainer.model.zero_grad()
         compute = HeatmapTrainer.summed_loss
 
-        def refuse_more_than_two(self: HeatmapTrainer, part: list[HeatmapSample]) -> torch.Tensor:
+        def refuse_more_than_two(self: HeatmapTrainer, part: HeatmapBatch) -> torch.Tensor:
             if len(part) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return compute(self, part)
@@ -220,18 +222,64 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_frames_read_by_other_processes_give_the_same_bytes(
     bases: dict[str, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = runs.train(bases["vit"], clips, tmp_path / "plain")
-    readers: set[int] = set()
+    """Over epochs, between which they stay, with dropout and evaluations in between."""
+    asked = {"method": "lora", "max_steps": 8, "eval_steps": 2}
+    plain = runs.train(bases["vit"], clips, tmp_path / "plain", **asked)
+    readers: list[set[int]] = []
     step = HeatmapTrainer.training_step
 
     def looking(self: HeatmapTrainer, *inputs: object) -> torch.Tensor:
-        readers.add(len(multiprocessing.active_children()))
+        readers.append({process.pid for process in multiprocessing.active_children()})
         return step(self, *inputs)
 
     monkeypatch.setattr(HeatmapTrainer, "training_step", looking)
-    read = runs.train(bases["vit"], clips, tmp_path / "read", dataloader_num_workers=2)
-    assert max(readers) == 2
-    assert read["files"] == plain["files"]
+    read = runs.train(bases["vit"], clips, tmp_path / "read", **asked, dataloader_num_workers=2)
+    assert len(readers) == 8 and len(readers[0]) == 2 and readers == [readers[0]] * 8
+    assert read == plain
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "read")]
+    assert records[0]["evaluations"] == records[1]["evaluations"] and len(records[0]["evaluations"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "shared", "found"),
+    [
+        ({}, 16, 10**10, 0),
+        ({"device": "cuda"}, 16, 10**10, 8),
+        ({"device": "cuda"}, 4, 10**10, 3),
+        ({"device": "cuda"}, 1, 10**10, 0),
+        # Of 4 frames of 96 × 48 pixels each that holds four batches, twice, for two processes.
+        ({"device": "cuda"}, 16, 2 * 8 * 4 * 3 * 96 * 48, 2),
+        ({"device": "cuda", "dataloader_num_workers": 12}, 4, 0, 12),
+    ],
+)
+def test_how_many_processes_read_frames(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], cores: int, shared: int, found: int
+) -> None:
+    config = SimpleNamespace(heatmap=runs.heatmap(), input=SimpleNamespace(width=96, height=48))
+    monkeypatch.setattr(heatmap_training, "usable_cores", lambda: cores)
+    monkeypatch.setattr(heatmap_training, "disk_usage", lambda _: SimpleNamespace(free=shared))
+    assert heatmap_training._readers(runs.settings(**asked), config) == found
+
+
+@pytest.mark.parametrize("broken", [3, 4])
+def test_a_stopped_run_whose_frames_others_read_goes_on_to_the_same_bytes(
+    bases: dict[str, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """From within an epoch of three updates, and from its end."""
+    asked = {"method": "lora", "max_steps": 8, "save_steps": 1, "eval_steps": 2, "dataloader_num_workers": 2}
+    whole = runs.train(bases["vit"], clips, tmp_path / "whole", **asked)
+    step = HeatmapTrainer.training_step
+
+    def break_off(self: HeatmapTrainer, *inputs: object) -> torch.Tensor:
+        if self.state.global_step == broken:
+            raise RuntimeError("the power is gone")
+        return step(self, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeatmapTrainer, "training_step", break_off)
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            runs.train(bases["vit"], clips, tmp_path / "parts", **asked)
+    assert runs.train(bases["vit"], clips, tmp_path / "parts", **asked) == whole
 
 
 def test_weights_on_disk_give_the_same_adapter(bases: dict[str, Path], clips: Path, tmp_path: Path) -> None:
@@ -275,9 +323,12 @@ def test_every_linear_layer_of_the_backbone_is_adapted(bases: dict[str, Path], c
 def test_a_mirrored_frame_has_its_ball_on_the_other_side() -> None:
     pixels = torch.zeros(3, 24, 48, dtype=torch.uint8)
     pixels[:, 10, 5] = 255
-    mirrored = mirror(HeatmapSample(pixels, (5.0, 10.0), (48, 24)), 48)
-    x, y = mirrored.point
-    assert mirrored.pixels[:, int(y), int(x)].tolist() == [255] * 3 and mirrored.pixels.sum() == 3 * 255
+    batch = HeatmapBatch.of([HeatmapSample(pixels, (5.0, 10.0), (48, 24))] * 2)
+    mirrored = mirror(batch, torch.tensor([False, True]), 48)
+    assert torch.equal(mirrored.pixels[0], pixels) and mirrored.points[0].tolist() == [5.0, 10.0]
+    x, y = mirrored.points[1].tolist()
+    assert mirrored.pixels[1][:, int(y), int(x)].tolist() == [255] * 3 and mirrored.pixels[1].sum() == 3 * 255
+    assert torch.equal(batch.pixels[1], pixels)
 
 
 def test_a_merged_model_loads_without_peft_and_bitsandbytes(

@@ -19,12 +19,13 @@ from lib.estimate import (
     DOWNLOAD_BYTES,
     INTERPRETER_BYTES,
     LINEAR_BYTES,
+    THREADS,
     Needs,
     in_mb,
     in_minutes,
     small_needs,
 )
-from lib.heatmap_settings import Heatmap
+from lib.heatmap_settings import PREFETCHED, READERS, Heatmap
 from lib.heatmap_spec import FPN, HeatmapModel
 
 TRAINED = ADAPTER_STATE + ADAPTER_GRADIENT
@@ -237,13 +238,32 @@ def train_needs(model: HeatmapModel) -> Needs:
     disk = 2 * 12 * trained_parameters(model) + 4 * trained_parameters(model) + 100e6
     products = 3 * (backbone.products + _decoder_kept(model) * 32) * frames_of(model) * train.num_train_epochs
     runtime = in_minutes(2 * products / PRODUCTS[train.device])
-    workers = train.dataloader_num_workers * 0.4e9
+    workers = _reading_bytes(model)
     if train.device == "cpu":
         return Needs(in_mb(INTERPRETER_BYTES + training_bytes(model) + workers), in_mb(disk), runtime)
     memory = 2.5e9 + 2 * 4 * backbone.parameters + workers
     if train.offload.use_cpu_offload:
         memory += training_bytes(model)
     return Needs(in_mb(memory), in_mb(disk), runtime, gpu=1, gpu_mem_mb=in_mb(training_bytes(model) + CUDA_BYTES))
+
+
+def _readers(model: HeatmapModel) -> int:
+    """Processes that read frames while a model is trained, at most."""
+    asked = model.adapter.train.dataloader_num_workers
+    return READERS if asked is None else asked
+
+
+def _reading_bytes(model: HeatmapModel) -> float:
+    """Of these processes: 48 MB of its own were seen at 16 frames a batch and 107 at 64, and batches lie ready."""
+    train, (width, height) = model.adapter.train, model.heatmap.input_size
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    frame = COLOURS * model.heatmap.frames * width * height
+    return _readers(model) * (0.1e9 + (PREFETCHED + 3) * batch * frame)
+
+
+def train_threads(model: HeatmapModel) -> int:
+    """Cores that a training is given: for the reading processes and itself, or for the arithmetic on the CPU."""
+    return max(THREADS, _readers(model) + 1)
 
 
 def written_bytes(model: HeatmapModel) -> int:

@@ -162,4 +162,4 @@ def normalize(pixels: Tensor, config: HeatmapConfig) -> Tensor:
         torch.tensor(values * repeated, device=pixels.device).reshape(1, -1, 1, 1)
         for values in (config.input.mean, config.input.std)
     )
-    return (pixels.float() / 255 - mean) / std
+    return pixels.float().div_(255).sub_(mean).div_(std)

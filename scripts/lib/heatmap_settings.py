@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from lib.train_settings import Bitsandbytes, Lora, MicroBatching, Offload
 
+# Processes that read frames for a GPU, where the settings name no number and there are cores for as many.
+READERS = 8
+PREFETCHED = 4  # batches that each of them has read beforehand
+
 
 @dataclass(frozen=True)
 class Heatmap:
@@ -68,7 +72,7 @@ class TrainHeatmap:
     precision: str
     flip: float
     freeze_backbone_epochs: float
-    dataloader_num_workers: int
+    dataloader_num_workers: int | None  # None: see READERS
     num_train_epochs: float
     max_steps: int
     per_device_train_batch_size: int

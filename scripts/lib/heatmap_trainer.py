@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from lib.frames import HeatmapSample
+from lib.frames import HeatmapBatch, HeatmapSample
 from lib.heatmap_folder import HeatmapConfig, normalize
 from lib.heatmap_peaks import Peak, draw_targets, find_peaks, scale_point
 from lib.heatmap_settings import TrainHeatmap
@@ -20,8 +20,6 @@ from lib.split_trainer import SplitTrainer
 BALL_WEIGHT = 9.0
 # Held-out frames that TensorBoard shows after each evaluation, spread over all of them.
 SHOWN_FRAMES = 4
-# Frames that are read at once while held-out ones are gone through.
-READ_AT_ONCE = 64
 
 
 class HeatmapTrainer(SplitTrainer[HeatmapSample]):
@@ -36,7 +34,7 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
             config: of the model.
             shared: arguments of transformers' Trainer.
         """
-        super().__init__(settings=settings, **shared)
+        super().__init__(settings=settings, data_collator=HeatmapBatch.of, **shared)
         self._config = config
         # Named once: while the backbone is frozen its weights need no gradient, and are trained all the same.
         self._trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -60,14 +58,24 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         )
         return round(asked.freeze_backbone_epochs * updates)
 
-    def training_step(self, model: Any, inputs: list[HeatmapSample], num_items_in_batch: Any = None) -> torch.Tensor:
+    def get_train_dataloader(self) -> Any:
+        """
+        The frames to learn from, in the Trainer's order.
+
+        A loader takes a random number for its processes whenever it starts some: not from those of the training, which
+        would then depend on how many there are, and on where a run was stopped.
+        """
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.generator = torch.Generator()
+        return loader
+
+    def training_step(self, model: Any, inputs: HeatmapBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """As of SplitTrainer, with the backbone frozen or not, and frames mirrored by the number of the update."""
         self._freeze(self.state.global_step < self.thaw_step)
         generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.state.global_step)
         mirrored = torch.rand(len(inputs), generator=generator) < self._settings.flip
-        width = self._config.heatmap.heatmap_size[0]
-        samples = [mirror(each, width) if flip else each for each, flip in zip(inputs, mirrored, strict=True)]
-        return super().training_step(model, samples, num_items_in_batch)
+        batch = mirror(inputs, mirrored, self._config.heatmap.heatmap_size[0])
+        return super().training_step(model, batch, num_items_in_batch)
 
     def _freeze(self, frozen: bool) -> None:
         if frozen == self._frozen:
@@ -78,21 +86,20 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
             self.search_micro_batch()  # with the backbone's gradients less fits
         self._frozen = frozen
 
-    def weigh(self, samples: Sequence[HeatmapSample]) -> int:
+    def weigh(self, samples: HeatmapBatch) -> int:
         """Frames."""
         return len(samples)
 
-    def count_units(self, samples: Sequence[HeatmapSample]) -> int:
+    def count_units(self, samples: HeatmapBatch) -> int:
         """Frames."""
         return len(samples)
 
-    def summed_loss(self, part: Sequence[HeatmapSample]) -> torch.Tensor:
+    def summed_loss(self, part: HeatmapBatch) -> torch.Tensor:
         """
         Cross entropy of every place less the least that is possible, in nats a ball's area; places near a ball weigh
         more.
         """
-        pixels = torch.stack([sample.pixels for sample in part]).to(self.args.device, non_blocking=True)
-        points = torch.tensor([sample.point for sample in part], device=self.args.device)
+        pixels, points = part.pixels.to(self.args.device), part.points.float().to(self.args.device)
         heatmap = self._config.heatmap
         targets = draw_targets(points, heatmap.heatmap_size, heatmap.sigma)
         logits = self.model(normalize(pixels, self._config))
@@ -102,11 +109,14 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
 
     def held_out_loss(self) -> float:
         """The mean loss on the held-out frames, which are not in memory all at once."""
-        total = 0.0
-        for start in range(0, len(self.eval_dataset), READ_AT_ONCE):
-            several = range(start, min(start + READ_AT_ONCE, len(self.eval_dataset)))
-            samples = [self.eval_dataset[number] for number in several]
-            total += self.batcher.run(samples, self._sum_losses, undo=lambda: None)
+        batches = DataLoader(
+            self.eval_dataset,
+            batch_size=self._settings.per_device_train_batch_size,
+            collate_fn=HeatmapBatch.of,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # evaluating takes no random number from the training
+        )
+        total = sum(self.batcher.run(batch, self._sum_losses, undo=lambda: None) for batch in batches)
         return total / len(self.eval_dataset)
 
     def _scores(self, sample: HeatmapSample) -> torch.Tensor:
@@ -136,7 +146,10 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         return shown
 
 
-def mirror(sample: HeatmapSample, width: int) -> HeatmapSample:
-    """A sample with left and right exchanged; `width` is the heatmap's."""
-    x, y = sample.point
-    return HeatmapSample(sample.pixels.flip(-1), (width - 1 - x, y), sample.size)
+def mirror(batch: HeatmapBatch, which: torch.Tensor, width: int) -> HeatmapBatch:
+    """A batch of which some samples (`which`: a bool each) have left and right exchanged; `width` is the heatmap's."""
+    pixels, points = batch.pixels.clone(), batch.points.clone()
+    for number in which.nonzero().flatten().tolist():
+        pixels[number] = batch.pixels[number].flip(-1)
+    points[which, 0] = width - 1 - points[which, 0]
+    return HeatmapBatch(pixels, points)

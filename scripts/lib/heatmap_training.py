@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from shutil import disk_usage
+from typing import TYPE_CHECKING, Any
 
+from lib.cli import usable_cores
 from lib.clips import Clip
 from lib.console import say
 from lib.frames import MomentReader, list_moments, split_games
 from lib.heatmap_build import BuiltHeatmap, build_heatmap
-from lib.heatmap_settings import ClipUse, Heatmap, TrainHeatmap
+from lib.heatmap_settings import PREFETCHED, READERS, ClipUse, Heatmap, TrainHeatmap
 from lib.training_run import Places, history_of, quieten_transformers, run_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from lib.heatmap_folder import HeatmapConfig
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -87,17 +95,29 @@ def _read(
     return learned, held_out
 
 
+def _readers(train: TrainHeatmap, config: HeatmapConfig) -> int:
+    """How many processes read frames: as many as asked for, or as cores and shared memory (64 MB in Docker) are for."""
+    if train.dataloader_num_workers is not None:
+        return train.dataloader_num_workers
+    frame = 3 * config.heatmap.frames * config.input.width * config.input.height
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * frame
+    shared = disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    # Of each all that it has read beforehand lies there, and what it reads for an evaluation.
+    return min(READERS, usable_cores() - 1, shared // (2 * PREFETCHED * batch))
+
+
 def _run(
     built: BuiltHeatmap, learned: MomentReader, held_out: MomentReader, train: TrainHeatmap, places: Places
 ) -> Any:
     from lib.heatmap_trainer import HeatmapTrainer
 
+    workers = _readers(train, built.config)
     make = partial(
         HeatmapTrainer,
         settings=train,
         config=built.config,
         model=built.model,
-        args=trainer_arguments(train, places.run, evaluates=bool(len(held_out)), workers=train.dataloader_num_workers),
+        args=trainer_arguments(train, places.run, evaluates=bool(len(held_out)), workers=workers),
         train_dataset=learned,
         eval_dataset=held_out if len(held_out) else None,
     )

@@ -45,7 +45,7 @@ class MicroBatcher:
         self.size = settings.micro_batch_size or batch_size
 
     def run(
-        self, samples: Sequence[Item], work: Callable[[list[list[Item]]], Result], *, undo: Callable[[], None]
+        self, samples: Sequence[Item], work: Callable[[list[Sequence[Item]]], Result], *, undo: Callable[[], None]
     ) -> Result:
         """
         Compute over all samples, in parts; when memory runs out, once more from the start in smaller ones.
@@ -95,9 +95,9 @@ class MicroBatcher:
         raise OutOfMemoryError(f"out of memory with {tried} samples at a time ({failure}); {remedy}")
 
 
-def split_evenly(samples: Sequence[Item], size: int) -> list[list[Item]]:
-    """Parts of at most `size`, in order; only the last may be smaller."""
-    return [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+def split_evenly(samples: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Slices of at most `size`, in order; only the last may be smaller."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

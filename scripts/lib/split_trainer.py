@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -49,13 +49,20 @@ class SplitTrainer(Trainer, Generic[Item]):
     unit: str  # what speed is counted in, as in "tokens"
     length: str  # the setting that makes a sample smaller
 
-    def __init__(self, *, settings: Train | TrainHeatmap, **shared: Any) -> None:
+    def __init__(
+        self,
+        *,
+        settings: Train | TrainHeatmap,
+        data_collator: Callable[[list[Item]], Sequence[Item]] = list,
+        **shared: Any,
+    ) -> None:
         """
         Args:
             settings: of the run.
-            shared: arguments of transformers' Trainer.
+            data_collator: makes a batch of samples, of which slices are smaller batches.
+            shared: other arguments of transformers' Trainer.
         """
-        super().__init__(data_collator=list, **shared)
+        super().__init__(data_collator=data_collator, **shared)
         self.remove_callback(PrinterCallback)
         self._settings = settings
         self._dtype = getattr(torch, DTYPES[settings.precision])
@@ -84,9 +91,9 @@ class SplitTrainer(Trainer, Generic[Item]):
     def count_units(self, samples: Sequence[Item]) -> int:
         """The size of these samples in `unit`."""
 
-    def in_order(self, samples: Sequence[Item]) -> list[Item]:
+    def in_order(self, samples: Sequence[Item]) -> Sequence[Item]:
         """Samples in the order in which they are computed."""
-        return list(samples)
+        return samples
 
     def pictures(self) -> dict[str, Any]:
         """What an evaluation shows in TensorBoard, by name: (height, width, 3), uint8."""
@@ -102,7 +109,7 @@ class SplitTrainer(Trainer, Generic[Item]):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**shared)
 
-    def training_step(self, model: Any, inputs: list[Item], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Sequence[Item], num_items_in_batch: Any = None) -> torch.Tensor:
         """
         Compute the gradient of one update, split into as many parts as memory asks for.
 
@@ -122,7 +129,7 @@ class SplitTrainer(Trainer, Generic[Item]):
         self.units_of_update = self.count_units(samples)
         return torch.tensor(loss, device=self.args.device)
 
-    def _redo_on_overflow(self, samples: list[Item]) -> float:
+    def _redo_on_overflow(self, samples: Sequence[Item]) -> float:
         while True:
             try:
                 return self.batcher.run(samples, self._gradient, undo=self._drop_gradients)
@@ -132,7 +139,7 @@ class SplitTrainer(Trainer, Generic[Item]):
             self.loss_scale /= 2
             self._drop_gradients()
 
-    def _gradient(self, parts: list[list[Item]]) -> float:
+    def _gradient(self, parts: list[Sequence[Item]]) -> float:
         """Sum the gradients of all parts; returns the mean loss."""
         weight = sum(map(self.weigh, parts))
         losses = []
@@ -192,7 +199,7 @@ class SplitTrainer(Trainer, Generic[Item]):
         return self.batcher.run(samples, self._sum_losses, undo=lambda: None) / self.weigh(samples)
 
     @torch.no_grad()
-    def _sum_losses(self, parts: list[list[Item]]) -> float:
+    def _sum_losses(self, parts: list[Sequence[Item]]) -> float:
         total = 0.0
         for part in parts:
             with self._computing():

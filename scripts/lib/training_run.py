@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.checkpoints import newest_checkpoint, step_of
 from lib.console import say
-from lib.heatmap_settings import TrainHeatmap
+from lib.heatmap_settings import PREFETCHED, TrainHeatmap
 from lib.train_settings import Train
 
 if TYPE_CHECKING:
@@ -147,6 +147,9 @@ def trainer_arguments(settings: Train | TrainHeatmap, run: Path, *, evaluates: b
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         dataloader_num_workers=workers,
+        # Started anew for each epoch, they left a GPU waiting at every epoch's end.
+        dataloader_persistent_workers=workers > 0,
+        dataloader_prefetch_factor=PREFETCHED if workers else None,
     )
     # One model on all cards; with more than one in sight the Trainer would copy it to each.
     _ = arguments.device
