@@ -10,7 +10,8 @@ from lib.cli import run_script, script_parser
 from lib.console import say
 from lib.jsonfile import read_json, write_json
 from lib.outputs import finished_file
-from lib.quality_report import Matrices, compose, draw, write_table
+from lib.quality_picture import draw
+from lib.quality_report import Matrices, compose, write_table
 
 
 def report_quality(

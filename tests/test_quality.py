@@ -189,7 +189,8 @@ def test_limits_that_are_not_met_fail_all_and_leave_the_files(judged: Path, tmp_
     configure(project, ROOT, max_kld=worst["mean_kld"] * 2, min_top1=worst["top1"] / 2)
     done = run_snakemake(project, "-j1")
     assert done.returncode == 0, done.stderr
-    assert planned_rules(done) == {"check_quality"}
+    # The Modelfile of the type that was quantized anew may still be missing, as the run before broke off.
+    assert "check_quality" in planned_rules(done) <= {"check_quality", "render_modelfile"}
     assert plan(project, ROOT) == set()
 
 

@@ -1,23 +1,20 @@
-"""What quantizing and merging cost a model: the report's content, its table, its picture, and its limits."""
+"""What quantizing and merging cost a model: the report's content, its table, and its limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lib.calibration import CHUNK_TOKENS
 from lib.provenance import BASE_WEIGHTS
 from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX
-from lib.training_report import BLUE, DOTS_PER_INCH, GREY, ORANGE
 
 # How a file is made otherwise than the model's own, in names of files: without its importance matrix, or with that of
 # the general text.
 PLAIN, GENERAL = "-plain", "-general"
 VARIANTS = ("", PLAIN, GENERAL)
 NO_MATRIX = "none"
-COLOURS = {"": BLUE, PLAIN: GREY, GENERAL: ORANGE}
 FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_999", "top1")
 JUDGED_TOKENS = CHUNK_TOKENS - 1 - CHUNK_TOKENS // 2
 
@@ -88,7 +85,7 @@ def write_table(report: Mapping[str, Any]) -> str:
     reference = report["reference"]
     lines = ["| type | importance matrix | MB | perplexity | mean KLD | 99.9 % KLD | same top token |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    lines.append(f"| {_type_of(reference)} | | {reference['size'] / 1e6:,.1f} | {reference['perplexity']:.3f} | | | |")
+    lines.append(f"| {type_of(reference)} | | {reference['size'] / 1e6:,.1f} | {reference['perplexity']:.3f} | | | |")
     lines += [
         f"| {row['type']} | {row['matrix']} | {row['size'] / 1e6:,.1f} | {row['perplexity']:.3f} | "
         f"{row['mean_kld']:.5f} | {row['kld_999']:.3f} | {row['top1']:.2%} |"
@@ -107,34 +104,9 @@ def describe_merges(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"Away from the model as it was trained: {', '.join(each)}; nearer: {merges['nearer']}."
 
 
-def _type_of(gguf: Mapping[str, Any]) -> str:
+def type_of(gguf: Mapping[str, Any]) -> str:
+    """The type in a file's name."""
     return str(gguf["name"]).removesuffix(".gguf").rpartition(".")[2]
-
-
-def draw(report: Mapping[str, Any], picture: Path) -> None:
-    """Draw divergence and agreement by size; the same report gives the same bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    figure.suptitle(f"{report['model']}: quantized types beside {_type_of(report['reference'])}")
-    left, right = figure.subplots(1, 2)
-    shown: set[str] = set()
-    for row in report["types"]:
-        size, colour = row["size"] / 1e9, COLOURS[row["variant"] if row["matrix"] != NO_MATRIX else PLAIN]
-        label = f"importance matrix: {row['matrix']}"
-        for axes, height in ((left, row["mean_kld"]), (right, 100 * row["top1"])):
-            axes.plot(size, height, "o", color=colour, label=None if label in shown else label)
-            axes.annotate(row["type"], (size, height), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        shown.add(label)
-    left.set_yscale("log")
-    left.set_ylabel("mean KL divergence (nats a token)")
-    right.set_ylabel("same likeliest token (%)")
-    left.legend(fontsize=8)
-    for axes in (left, right):
-        axes.set_xlabel("size (GB)")
-        axes.margins(x=0.15, y=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=DOTS_PER_INCH, metadata={"Software": None}, format="png")
 
 
 # By the setting: the figure that it limits, and whether that may be no larger than the limit.
