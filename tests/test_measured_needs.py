@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from lib import estimate
+from lib import estimate, heatmap_estimate
 from lib.spec import Model, Shape, resolve_project
 
 MEASUREMENTS = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
@@ -27,6 +27,21 @@ SHAPES = {
 }
 KEYS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 KEYS += ("vocab_size", "tie_word_embeddings")
+
+# The backbones of the heatmap models there, with the kind of model that they are in.
+HEATMAPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT-S/16": (
+        "vit_heatmap",
+        {
+            "model_type": "vit", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+            "intermediate_size": 1536, "patch_size": 16, "image_size": [288, 512],
+        },
+    ),
+    "ConvNeXt-B": (
+        "convnext_fpn_heatmap",
+        {"model_type": "convnext", "hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]},
+    ),
+}  # fmt: skip
 
 
 def table(heading: str) -> list[dict[str, str]]:
@@ -92,6 +107,7 @@ def built(make: Callable[..., Model], row: dict[str, str]) -> float:
 
 TRAINED = table("### Memory of training")
 BUILT = table("### Memory of the steps after it")
+HEATMAPS_TRAINED = table("### Memory of training heatmap models")
 
 
 def test_the_tables_hold_every_method_size_and_step() -> None:
@@ -99,6 +115,7 @@ def test_the_tables_hold_every_method_size_and_step() -> None:
     assert {row["shape"] for row in TRAINED} == set(SHAPES) == {row["shape"] for row in BUILT} | {"7B"}
     assert {row["step"] for row in BUILT} == {"merge_adapter", "convert_gguf", "quantize_gguf", "build_direct"}
     assert len(TRAINED) >= 50 and len(BUILT) >= 20
+    assert {row["backbone"] for row in HEATMAPS_TRAINED} == set(HEATMAPS) and len(HEATMAPS_TRAINED) == 24
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: "-".join(list(row.values())[:7]))
@@ -109,6 +126,27 @@ def test_training(row: dict[str, str], make: Callable[..., Model]) -> None:
     if memory is not None:
         assert float(row["RAM, GB"]) <= memory <= 1.25 * float(row["RAM, GB"])
         assert row["estimate of RAM, GB"] == f"{memory:.2f}"
+
+
+def heatmap_peak(row: dict[str, str]) -> float:
+    """The estimate of what a heatmap model's training takes of its card, in GB."""
+    kind, shape = HEATMAPS[row["backbone"]]
+    train = {
+        "method": row["method"],
+        "precision": row["precision"],
+        "per_device_train_batch_size": int(row["batch"]),
+        "gradient_checkpointing": row["checkpointing"] == "yes",
+    }
+    model = {"kind": "heatmap", "base": {"random": shape}, "clips": {"synthetic": {}}, "heatmap": {"model": kind}}
+    config = {"hardware": {"gpus": [24]}, "models": {"t": {**model, "adapter": {"train": train}}}}
+    return heatmap_estimate.training_bytes(resolve_project(config).heatmaps["t"]) / 1e9
+
+
+@pytest.mark.parametrize("row", HEATMAPS_TRAINED, ids=lambda row: "-".join(list(row.values())[:5]))
+def test_training_of_heatmap_models(row: dict[str, str]) -> None:
+    peak = heatmap_peak(row)
+    assert float(row["peak, GB"]) <= peak <= 1.25 * float(row["peak, GB"])
+    assert row["estimate, GB"] == f"{peak:.2f}"
 
 
 @pytest.mark.parametrize("row", BUILT, ids=lambda row: "-".join(list(row.values())[:4]))

@@ -1,7 +1,8 @@
 """
 What each step of a heatmap model needs, from its backbone's numbers and the config alone: milliseconds, no torch.
 
-Weights are counted; what a training keeps for its backward pass is on the safe side of what the layers' sizes come to.
+Weights are counted. The memory of training on cards is held against the measurements of docs/measurements.md,
+"Memory of training heatmap models"; all else is on the safe side.
 """
 
 from __future__ import annotations
@@ -32,13 +33,56 @@ TRAINED = ADAPTER_STATE + ADAPTER_GRADIENT
 FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 COLOURS, IMAGE_SIZE = 3, 224
 STEM = 4  # sides of a ConvNeXt's first patches
-# Of a layer's outputs, how many are kept for the backward pass, as wide as the model and as its feed-forward layer.
+# Of a layer's outputs, how many are there at a time, as wide as the model and as its feed-forward layer.
 KEPT, KEPT_WIDE, KEPT_DECODER = 12, 5, 8
+# Of a layer of the decoder, how many numbers are kept for the backward pass in float32 (of norms), and as many besides.
+KEPT_NORMS = 3
+# What is allocated beside tensors that are kept, and what was not counted: 5 to 20 % above every measured peak.
+MARGIN = 1.14
 FRAMES = 20_000  # of TrackNet's own data, where nobody says how many there are
 EVALUATED_BATCH = 8
 JPEG_BYTES = 0.4  # per pixel, of a drawn frame
 DRAWN_FRAMES, READ_BYTES = 10, 50e6  # per second
 PRODUCTS = {"cpu": 3e10, "cuda": 5e12}  # per second, that a training computes
+
+
+@dataclass(frozen=True)
+class Layers:
+    """
+    Layers of one size.
+
+    Attributes:
+        count: of the layers.
+        hidden: numbers of a frame, as wide as the model.
+        wide: the same, as wide as the feed-forward layer.
+        attention: each has attention beside its feed-forward layer.
+    """
+
+    count: int
+    hidden: int
+    wide: int
+    attention: bool
+
+    def kept_bytes(self, held: int, method: str, *, adapted: bool) -> float:
+        """
+        What one layer keeps of a frame for its backward pass.
+
+        Args:
+            held: bytes of a number in the training's precision.
+            adapted: there is a LoRA on each linear layer.
+        """
+        # Inputs of norms are float32 at any precision; the others are what linear layers and attention multiply.
+        norms, others = (2, 6) if self.attention else (1, 3)
+        kept = norms * self.hidden * 4 + (others * self.hidden + 2 * self.wide) * held
+        inputs = (5 if self.attention else 1) * self.hidden + self.wide  # of all linear layers
+        projected = 3 * self.hidden if self.attention else 0  # queries, keys and values
+        if adapted:
+            kept += inputs + projected * held  # each dropout's mask, and its output where three layers share an input
+        if method == "int8":
+            kept += 2 * (inputs + projected)  # bitsandbytes keeps its own, in 16 bits
+        if method == "qlora":
+            kept += (4 - held) * self.wide  # float32, as the sum of the layer and its adapter is
+        return kept
 
 
 @dataclass(frozen=True)
@@ -50,18 +94,16 @@ class Backbone:
         linear: weights of its linear layers, which can be quantized and adapted.
         others: all its other weights.
         widths: of inputs and outputs of the linear layers, together: a LoRA of rank 1 has so many weights.
-        kept: numbers that a training keeps of a frame.
-        layer: of these the largest layer's.
-        inputs: what checkpoints of each layer keep.
+        layers: by size.
+        layer: numbers of a frame in the largest layer.
         products: multiplications of a frame.
     """
 
     linear: int
     others: int
     widths: int
-    kept: int
+    layers: tuple[Layers, ...]
     layer: int
-    inputs: int
     products: int
 
     @property
@@ -84,14 +126,12 @@ def _vit(shape: Mapping[str, Any], width: int, height: int) -> Backbone:
     block = 4 * hidden**2 + 2 * hidden * wide
     # Patches, positions, class token, biases and norms, and the pooler that some families have.
     others = COLOURS * patch**2 * hidden + (image // patch) ** 2 * hidden + layers * (10 * hidden + wide) + hidden**2
-    layer = tokens * (KEPT * hidden + KEPT_WIDE * wide)
     return Backbone(
         linear=layers * block,
         others=others,
         widths=layers * (8 * hidden + 2 * (hidden + wide)),
-        kept=layers * layer,
-        layer=layer,
-        inputs=layers * tokens * hidden,
+        layers=(Layers(layers, tokens * hidden, tokens * wide, attention=True),),
+        layer=tokens * (KEPT * hidden + KEPT_WIDE * wide),
         products=tokens * layers * (block + 2 * tokens * hidden),
     )
 
@@ -102,14 +142,12 @@ def _convnext(shape: Mapping[str, Any], width: int, height: int) -> Backbone:
     stages = list(zip(sizes, depths, places, strict=True))
     between = sum(4 * fine * coarse + 2 * fine + coarse for fine, coarse in pairwise(sizes))
     stem = COLOURS * STEM**2 * sizes[0] + 3 * sizes[0]
-    layers = [(KEPT + 4 * KEPT_WIDE) * size * place for size, _, place in stages]
     return Backbone(
         linear=sum(8 * size**2 * depth for size, depth, _ in stages),
         others=stem + between + sum((49 + 9) * size * depth for size, depth, _ in stages) + 2 * sizes[-1],
         widths=sum(10 * size * depth for size, depth, _ in stages),
-        kept=sum(layer * depth for layer, depth in zip(layers, depths, strict=True)),
-        layer=max(layers),
-        inputs=sum(size * depth * place for size, depth, place in stages),
+        layers=tuple(Layers(depth, size * place, 4 * size * place, attention=False) for size, depth, place in stages),
+        layer=max((KEPT + 4 * KEPT_WIDE) * size * place for size, _, place in stages),
         products=sum((8 * size**2 + 49 * size) * depth * place for size, depth, place in stages),
     )
 
@@ -139,20 +177,29 @@ def _pyramid_parameters(heatmap: Heatmap, sizes: list[int]) -> int:
     return sum((size + 1) * channels for size in sizes) + refine + channels + 1
 
 
-def _decoder_kept(model: HeatmapModel) -> int:
-    """Numbers that a training keeps of decoder and heatmap, of a frame."""
+def _decoder_outputs(model: HeatmapModel) -> int:
+    """Numbers of a frame that leave the decoder's layers."""
     heatmap, shape = model.heatmap, model.base.shape
     width, height = heatmap.input_size
-    kept = 4 * heatmap.heatmap_size[0] * heatmap.heatmap_size[1]
     if heatmap.model == FPN:
         finest = ceil(width / STEM) * ceil(height / STEM)
-        return kept + ceil(1.34 * KEPT_DECODER * heatmap.fpn_channels * finest)
+        return ceil(1.34 * heatmap.fpn_channels * finest)
     patch = _side(shape.get("patch_size", 16))
-    places = ceil(width / patch) * ceil(height / patch)
+    places, outputs = ceil(width / patch) * ceil(height / patch), 0
     for channels, factor in zip(heatmap.channels, heatmap.factors, strict=True):
         places *= factor**2
-        kept += KEPT_DECODER * channels * places
-    return kept
+        outputs += channels * places
+    return outputs
+
+
+def _loss_numbers(model: HeatmapModel) -> int:
+    """Numbers of a frame that a heatmap and its loss take."""
+    return 4 * model.heatmap.heatmap_size[0] * model.heatmap.heatmap_size[1]
+
+
+def _decoder_numbers(model: HeatmapModel) -> int:
+    """Numbers of a frame in decoder and heatmap."""
+    return KEPT_DECODER * _decoder_outputs(model) + _loss_numbers(model)
 
 
 def parameters(model: HeatmapModel) -> int:
@@ -191,14 +238,23 @@ def training_bytes(model: HeatmapModel) -> float:
     else:
         linear = {"qlora": LINEAR_BYTES["4-bit"], "int8": LINEAR_BYTES["int8"]}.get(train.method, held)
         weights = linear * backbone.linear + held * backbone.others
-    batch = train.per_device_train_batch_size
-    if train.gradient_checkpointing:
-        kept = backbone.inputs + backbone.layer
-    else:
-        kept = backbone.kept * (5 if train.method == "int8" else 4) // 4  # its inputs are kept once more
-    # Norms and losses are computed in float32 at any precision.
-    activations = batch * (kept + _decoder_kept(model)) * (held + 1 if held < 4 else held)
-    return 1.2 * (weights + TRAINED * trained_parameters(model) + activations)
+    kept = train.per_device_train_batch_size * _kept_bytes(model)
+    return MARGIN * (weights + TRAINED * trained_parameters(model) + kept)
+
+
+def _kept_bytes(model: HeatmapModel) -> float:
+    """What a training keeps of a frame for its backward pass."""
+    train, layers = model.adapter.train, backbone_of(model).layers
+    held = FLOATS[train.precision]
+    adapted = train.method != "full" and train.lora.enabled
+    each = [layer.kept_bytes(held, train.method, adapted=adapted) for layer in layers]
+    decoder = _decoder_outputs(model) * KEPT_NORMS * (4 + held) + 4 * _loss_numbers(model)
+    if not train.gradient_checkpointing:
+        return decoder + sum(layer.count * kept for layer, kept in zip(layers, each, strict=True))
+    # What goes from layer to layer is float32, but from bitsandbytes' 8-bit layers it comes in 16 bits. The decoder is
+    # let go before the first layer is computed again, whose gradients are there as well.
+    between = held if train.method == "int8" else 4
+    return sum(layer.count * layer.hidden * between for layer in layers) + max(decoder, 1.5 * max(each))
 
 
 def fetch_needs(model: HeatmapModel) -> Needs:
@@ -236,7 +292,7 @@ def train_needs(model: HeatmapModel) -> Needs:
     """What training_bytes says, on one card or the CPU; on disk two checkpoints, and pictures for TensorBoard."""
     train, backbone = model.adapter.train, backbone_of(model)
     disk = 2 * 12 * trained_parameters(model) + 4 * trained_parameters(model) + 100e6
-    products = 3 * (backbone.products + _decoder_kept(model) * 32) * frames_of(model) * train.num_train_epochs
+    products = 3 * (backbone.products + _decoder_numbers(model) * 32) * frames_of(model) * train.num_train_epochs
     runtime = in_minutes(2 * products / PRODUCTS[train.device])
     workers = _reading_bytes(model)
     if train.device == "cpu":
@@ -279,7 +335,7 @@ def merge_needs(model: HeatmapModel) -> Needs:
 
 def export_needs(model: HeatmapModel) -> Needs:
     """The model, the exporter's graph, its file, and a frame computed by both."""
-    computed = 4 * (backbone_of(model).layer + _decoder_kept(model))
+    computed = 4 * (backbone_of(model).layer + _decoder_numbers(model))
     memory = INTERPRETER_BYTES + 0.5e9 + 5 * 4 * parameters(model) + 2 * computed
     return Needs(in_mb(memory), disk_mb=in_mb(2 * written_bytes(model)) + 2, runtime=10)
 
@@ -287,7 +343,7 @@ def export_needs(model: HeatmapModel) -> Needs:
 def evaluate_needs(model: HeatmapModel) -> Needs:
     """The model, and a batch of frames on their way through it; overlays are a few pictures of each clip."""
     device = model.adapter.train.device
-    computed = EVALUATED_BATCH * 4 * (2 * backbone_of(model).layer + _decoder_kept(model))
+    computed = EVALUATED_BATCH * 4 * (2 * backbone_of(model).layer + _decoder_numbers(model))
     memory = 1.2 * (4 * parameters(model) + computed)
     runtime = in_minutes(2 * backbone_of(model).products * frames_of(model) / PRODUCTS[device])
     if device == "cpu":
