@@ -37,8 +37,9 @@ def render_data(
     Samples follow one another with nothing between them, and what the tokenizer adds around a plain text is written as
     well. Special tokens are there by their texts, which are tokens again only to a program that is told so:
     llama-imatrix with --parse-special, llama-tokenize unless it is given --no-parse-special. llama-perplexity has no
-    such option: to it "<|im_start|>" is ten or so tokens of plain text, where the tokenizer says that it is a control
-    token. None of them resolves escapes in such a file; all drop a line feed at its very end.
+    such option: to it "<|im_start|>" is several tokens of plain text, where the tokenizer says that it is a control
+    token. Neither llama-imatrix nor llama-perplexity resolves escapes, and both drop a line feed at the file's end.
+    llama-tokenize keeps that, and resolves escapes unless it is given --no-escape.
 
     Args:
         base: folder of the base checkpoint, of which only the tokenizer is read.
