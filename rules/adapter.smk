@@ -1,4 +1,6 @@
-# In: a base, and conversations or an adapter that is there already. Out: adapters/{model}, a LoRA in peft's format.
+# In: a base, and conversations or an adapter that is there already. Out: adapters/{model}, a LoRA in peft's format; and
+# as texts for llama.cpp what it was trained on and what was held out, work/{model}/training.txt and held_out.txt, with
+# rendered.json to tell which they are.
 ADAPTED = [name for name, model in PROJECT.models.items() if model.adapter]
 UNADAPTED = [name for name, model in PROJECT.models.items() if not model.adapter]
 TRAINED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is not None]
@@ -35,6 +37,51 @@ rule check_data:
         code=code_digest("check_data.py"),
     shell:
         "{params.python} {params.script:q}" " --data {input.data:q}" " --output {output.identity:q}" " --log {log:q}"
+
+
+rule render_data:
+    """Write the training data as texts, each sample as training sees it."""
+    input:
+        base="bases/{model}/MANIFEST.json",
+        data_identity="work/{model}/data.json",
+        data=lambda w: ancient(spec(w.model).adapter.train.data),
+        eval_data=held_out_data,
+    output:
+        training="work/{model}/training.txt",
+        held_out="work/{model}/held_out.txt",
+        identity="work/{model}/rendered.json",
+    log:
+        "logs/{model}/render_data.log",
+    benchmark:
+        "logs/{model}/render_data.jsonl"
+    wildcard_constraints:
+        model="|".join(TRAINED) or "(?!)",
+    # Data that the chat template does not render, or too few for a matrix, are told before the training.
+    priority: 95
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda w: estimate.render_needs(spec(w.model)).mem_mb,
+        disk_mb=lambda w: estimate.render_needs(spec(w.model)).disk_mb,
+        runtime=lambda w: estimate.render_needs(spec(w.model)).runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("render_data.py"),
+        code=code_digest("render_data.py"),
+        base=base_folder,
+        division=division_options,
+    shell:
+        "{params.python} {params.script:q}"
+        " --base {params.base:q}"
+        " --data={input.data:q}"
+        " {params.division}"
+        " --output {output.training:q}"
+        " --held-out {output.held_out:q}"
+        " --identity {output.identity:q}"
+        " --log {log:q}"
 
 
 rule train_adapter:

@@ -423,6 +423,42 @@ def limit_options(wildcards):
     )
 
 
+def rendered_identity(wildcards):
+    """What tells which rendered training data a matrix is computed on; nothing for a text of the user's."""
+    return f"work/{wildcards.model}/rendered.json" if spec(wildcards.model).quantize.imatrix.of_training else []
+
+
+def rendered_option(wildcards):
+    return " ".join(f"--rendered={file}" for file in [rendered_identity(wildcards)] if file)
+
+
+def imatrix_text(wildcards):
+    """The text of a matrix: the user's, or the training data as they are rendered here."""
+    chosen = spec(wildcards.model).quantize.imatrix
+    # Snakemake takes ./training, a file of that name, for another file than training, and warns of it.
+    return f"work/{wildcards.model}/training.txt" if chosen.of_training else os.path.normpath(chosen.text)
+
+
+def checked_text(wildcards):
+    """That text, to be checked; where it is rendered here, its identity tells when it changed."""
+    text = imatrix_text(wildcards)
+    return ancient(text) if rendered_identity(wildcards) else text
+
+
+def held_out_data(wildcards):
+    return spec(wildcards.model).adapter.train.eval_data or []
+
+
+def division_options(wildcards):
+    """What decides how training data are cut and divided, as options of render_data.py."""
+    train = spec(wildcards.model).adapter.train
+    options = [f"--max-length={train.max_length}"]
+    options += [f"--eval-data={train.eval_data}"] if train.eval_data else []
+    # Nothing is drawn where nothing is held out, and another seed then reruns nothing.
+    options += [f"--eval-fraction={train.eval_fraction}", f"--seed={train.seed}"] if train.eval_fraction else []
+    return shlex.join(options)
+
+
 def modelfile_gguf(wildcards):
     """The weights of a Modelfile: with an adapter beside them those of the base."""
     if wildcards.suffix == ADAPTER:

@@ -1,11 +1,13 @@
-# In: a 16-bit GGUF and a text. Out: models/{model}{base}.imatrix.gguf, how much each input of each layer weighs.
+# In: a 16-bit GGUF and a text, the user's own or the training data as render_data writes them. Out:
+# models/{model}{base}.imatrix.gguf, how much each input of each layer weighs.
 CALIBRATED = [name for name, model in PROJECT.models.items() if model.quantize.imatrix]
 
 
 rule check_calibration:
     """Check the text before anything long starts, and write down which it is."""
     input:
-        text=lambda w: spec(w.model).quantize.imatrix.text,
+        text=checked_text,
+        rendered=rendered_identity,
     output:
         identity="work/{model}/calibration.json",
     log:
@@ -30,8 +32,13 @@ rule check_calibration:
         python=interpreter,
         script=script("check_calibration.py"),
         code=code_digest("check_calibration.py"),
+        rendered=rendered_option,
     shell:
-        "{params.python} {params.script:q}" " --text {input.text:q}" " --output {output.identity:q}" " --log {log:q}"
+        "{params.python} {params.script:q}"
+        " --text={input.text:q}"
+        " {params.rendered}"
+        " --output {output.identity:q}"
+        " --log {log:q}"
 
 
 rule compute_imatrix:
@@ -40,7 +47,8 @@ rule compute_imatrix:
         source=lambda w: imatrix_source(w) + ".json",
         gguf=lambda w: ancient(imatrix_source(w)),
         text_identity="work/{model}/calibration.json",
-        text=lambda w: ancient(spec(w.model).quantize.imatrix.text),
+        text=lambda w: ancient(imatrix_text(w)),
+        rendered=rendered_identity,
         llama_cpp="work/llama_cpp.json",
     output:
         gguf="models/{model}{base}.imatrix.gguf",
@@ -65,11 +73,13 @@ rule compute_imatrix:
         script=script("compute_imatrix.py"),
         code=code_digest("compute_imatrix.py"),
         chunks=lambda w: spec(w.model).quantize.imatrix.chunks,
+        rendered=rendered_option,
         llama_cpp=llama_cpp_options(),
     shell:
         "{params.python} {params.script:q}"
         " --source {input.gguf:q}"
         " --text={input.text:q}"
+        " {params.rendered}"
         " --chunks {params.chunks}"
         " --output {output.gguf:q}"
         " {params.llama_cpp}"

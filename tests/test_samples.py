@@ -164,7 +164,7 @@ def test_exactly_what_the_assistant_says_is_learned(name: str, template: str, to
     said = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
     assert learned(tokenizer, sample.labels) == said
     rendered = with_template(tokenizer, template).apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(sample.input_ids) == rendered
+    assert tokenizer.decode(sample.input_ids) == sample.text == rendered
     assert sample.input_ids.count(0) == template.count("bos_token")
     assert len(sample.labels) == len(sample.input_ids)
     assert all(label in (token, IGNORED) for token, label in zip(sample.input_ids, sample.labels, strict=True))
@@ -180,6 +180,34 @@ def test_what_is_too_long_is_cut_and_counted(left: int, tokenizer: Any) -> None:
     sample = encode_conversation(chatml, TALKS["several turns"], max_length=length - left)
     assert sample == Sample(whole.input_ids[:-left], whole.labels[:-left], left, (length - left,))
     assert encode_conversation(chatml, TALKS["several turns"], max_length=length) == whole
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "tiny_tokenizer"])
+def test_the_text_of_what_is_cut_reads_as_the_tokens_that_are_kept(kind: str, request: pytest.FixtureRequest) -> None:
+    """At every length; of a character of several tokens that was cut in two there is nothing."""
+    tokenizer = with_template(request.getfixturevalue(kind), WITH_BOS)
+    for turns in ("Japanese", "several turns"):
+        messages = TALKS[turns]
+        whole, length = encode(tokenizer, WITH_BOS, messages), 0
+        for kept in range(1, len(whole.input_ids) + 1):
+            sample = encode_conversation(tokenizer, messages, max_length=kept)
+            assert whole.text.startswith(sample.text) and len(sample.text) >= length
+            read, length = tokenizer(sample.text, add_special_tokens=False)["input_ids"], len(sample.text)
+            assert read == sample.input_ids[: len(read)] and len(sample.input_ids) - len(read) < 4
+        assert (length, sample.input_ids) == (len(whole.text), whole.input_ids)
+
+
+@pytest.mark.parametrize("text", ["東京 is\r\na  city. 🗼", "  so ", "<s>a<|im_end|>", "<s><s>b<|im_end|><|im_end|>"])
+@pytest.mark.parametrize("kind", ["tokenizer", "tiny_tokenizer"])
+def test_the_text_of_a_plain_sample_that_is_cut(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    whole = encode_text(tokenizer, text, max_length=1000)
+    assert tokenizer(whole.text, add_special_tokens=False)["input_ids"] == whole.input_ids
+    for kept in range(1, len(whole.input_ids)):
+        sample = encode_text(tokenizer, text, max_length=kept)
+        # Cut between two spaces, a text may read as other tokens than before: it is the same text all the same.
+        read = [tokenizer.decode(sample.input_ids[:count]).rstrip("\ufffd") for count in range(kept + 1)]
+        assert sample.text == max((each for each in read if "\ufffd" not in each), key=len)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +309,7 @@ def test_a_template_may_trim_what_is_said(template: str, tokenizer: Any) -> None
 @pytest.mark.parametrize("text", ["Two.\nAnd three.", "<s>Two.\nAnd three.", "<s><s>Two.\nAnd three.<|im_end|>"])
 def test_all_of_a_text_is_learned_with_one_bos_and_one_eos(text: str, tokenizer: Any) -> None:
     sample = encode_text(with_template(tokenizer, None), text, max_length=100)
-    assert tokenizer.decode(sample.input_ids) == "<s>Two.\nAnd three.<|im_end|>"
+    assert tokenizer.decode(sample.input_ids) == sample.text == "<s>Two.\nAnd three.<|im_end|>"
     assert sample.labels == sample.input_ids
     shorter = encode_text(tokenizer, text, max_length=4)
     assert shorter == Sample(sample.input_ids[:4], sample.labels[:4], len(sample.input_ids) - 4, (4,))
@@ -290,13 +318,14 @@ def test_all_of_a_text_is_learned_with_one_bos_and_one_eos(text: str, tokenizer:
 @pytest.mark.parametrize("text", ["q4_k_m", "<s>q4_k_m"])
 def test_a_tokenizer_that_adds_no_bos_adds_none(text: str, tiny_tokenizer: Any) -> None:
     sample = encode_text(tiny_tokenizer, text, max_length=100)
-    assert tiny_tokenizer.decode(sample.input_ids) == text + "<|im_end|>"
+    assert tiny_tokenizer.decode(sample.input_ids) == sample.text == text + "<|im_end|>"
 
 
 def test_a_tokenizer_without_eos_gets_none(tokenizer: Any) -> None:
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    assert tokenizer.decode(encode_text(endless, "Two.", max_length=100).input_ids) == "<s>Two."
+    sample = encode_text(endless, "Two.", max_length=100)
+    assert tokenizer.decode(sample.input_ids) == sample.text == "<s>Two."
 
 
 def test_examples_become_samples_in_their_order(tokenizer: Any) -> None:

@@ -30,6 +30,7 @@ MODELS = {
         "rag": {"documents": "notes", "questions": "ask.jsonl"},
     },
     "direct": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "direct"}},
+    "learned": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "staged", "imatrix": {"text": "training"}}},
     "taken": {"base": BASE, "adapter": {"path": "given"}, "quantize": {"types": ["f16"]}},
 }
 BACKBONE = {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}
@@ -46,6 +47,7 @@ TARGETS = [
     "models/staged.Modelfile", "models/staged.base.q4_k_m.gguf", "models/staged.q8_0.Modelfile",
     "models/staged.adapter.gguf", "ollama/staged.json", "reports/staged.smoke.json", "reports/staged.rag.json",
     "models/direct.Modelfile", "models/direct.q4_k_m.gguf", "models/direct.q8_0.gguf", "models/taken.Modelfile",
+    "models/learned.Modelfile",
     "models/drawn.onnx", "reports/drawn.eval.json", "models/filmed.onnx", "reports/filmed.eval.json",
 ]  # fmt: skip
 
@@ -84,7 +86,7 @@ def test_needs_are_those_of_the_rules(workplace: Path) -> None:
         "convert_adapter", "merge_adapter", "convert_gguf", "check_calibration", "compute_imatrix", "quantize_gguf",
         "build_direct", "render_modelfile", "check_questions", "smoke_test", "check_documents",
         "answer_from_documents", "register_model", "make_clips", "check_clips", "train_heatmap", "merge_heatmap",
-        "export_onnx", "evaluate_heatmap",
+        "export_onnx", "evaluate_heatmap", "render_data",
     }  # fmt: skip
 
 
@@ -97,7 +99,11 @@ def test_planned_steps_are_those_of_all(workplace: Path) -> None:
         steps = {step for owner, step in planned if owner in (name, "")}
         direct = paths.is_direct(QuantizedFile(name, "", model.default_quant))
         # The matrix is no step of every model's default file.
-        assert set(planned_steps(model, direct=direct)) == steps - {"check_calibration", "compute_imatrix"}
+        assert set(planned_steps(model, direct=direct)) == steps - {
+            "render_data",
+            "check_calibration",
+            "compute_imatrix",
+        }
 
 
 def test_planned_steps_of_heatmap_models_are_those_of_all(workplace: Path) -> None:

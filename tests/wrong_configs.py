@@ -359,6 +359,21 @@ TABLE: dict[str, tuple[str, ...]] = {
         "talks.jsonl is too short: 3 bytes",
         "m.quantize.imatrix.text",
     ),
+    "training data of an adapter that is there": (
+        "m.adapter: {path: given}\nm.quantize.imatrix: {text: training}",
+        "none is trained here; name a text file (one of that name as ./training), or set adapter.train",
+        "m.quantize.imatrix.text",
+    ),
+    "training data without an adapter": (
+        "m.adapter: null\nm.quantize.imatrix: {text: training}",
+        "training is the data that the adapter is trained on, and none is trained here",
+        "m.quantize.imatrix.text",
+    ),
+    "missing text of the keyword's name": (
+        "m.quantize.imatrix: {text: ./training}",
+        "there is no file ./training",
+        "m.quantize.imatrix.text",
+    ),
     "matrix of what needs it": (
         "m.quantize: {tensor_type: {attn_v: q4_k}, imatrix: {text: read.txt, from: q8_0}}",
         "q8_0 needs the matrix itself, by models.m.quantize.tensor_type; take f16",

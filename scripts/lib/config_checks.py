@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_search import adapter_problem
-from lib.calibration import size_problem
+from lib.calibration import TRAINING, size_problem
 from lib.config import suggest
 from lib.documents import ENDINGS, document_files
 from lib.modelfile import kept, unheld, unheld_stop
@@ -33,6 +33,8 @@ def check_sections(where: str, model: Section, *, keep_intermediates: bool) -> I
         yield from check_training(f"{where}.adapter.train", train)
     if "quantize" in model:
         yield from check_quantize(f"{where}.quantize", model["quantize"], keep_intermediates=keep_intermediates)
+        if "adapter" in model:
+            yield from check_trained_text(f"{where}.quantize.imatrix.text", model)
     if quality := model.get("quality"):
         yield from check_quality(f"{where}.quality", quality, model)
     for name in ("smoke", "rag"):
@@ -145,8 +147,20 @@ def check_quantize(where: str, quantize: Section, *, keep_intermediates: bool) -
     )
 
 
+def check_trained_text(where: str, model: Section) -> Iterator[str]:
+    """Whether there are training data, where an importance matrix is to be computed on them."""
+    chosen = (model["quantize"]["imatrix"] or {}).get("text")
+    if chosen == TRAINING and not (model["adapter"] or {}).get("train"):
+        yield (
+            f"{where}: {TRAINING} is the data that the adapter is trained on, and none is trained here; "
+            f"name a text file (one of that name as ./{TRAINING}), or set adapter.train"
+        )
+
+
 def check_calibration(where: str, text: str) -> Iterator[str]:
-    """Whether a text can be there for an importance matrix."""
+    """Whether a text can be there for an importance matrix; training data are checked where they are named."""
+    if text == TRAINING:
+        return
     missing = list(check_file(where, text))
     yield from missing
     if not missing and (problem := size_problem(Path(text))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,14 @@ class Sample:
         labels: as many; IGNORED wherever nothing is learned.
         cut: tokens that were left out because the sequence length was reached.
         lengths: tokens of each part, of which there is one unless samples were packed; none sees another.
+        text: what the tokens are of, special ones included; of a character that was cut in two nothing is left.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: int
     lengths: tuple[int, ...]
+    text: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,24 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], *, max_length: 
 
 def encode_text(tokenizer: Any, text: str, *, max_length: int) -> Sample:
     """Encode plain text, all of which is learned, with one BOS if the tokenizer adds it, and one EOS."""
-    tokens = tokenizer(text, verbose=False)["input_ids"]
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    # What the tokenizer adds stands nowhere in the text.
+    where = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    tokens, places = encoded["input_ids"], [None if added else place for place, added in where]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    while bos is not None and tokens[:2] == [bos, bos]:
-        tokens = tokens[1:]
-    while eos is not None and tokens[-2:] == [eos, eos]:
-        tokens = tokens[:-1]
+    first, last = 0, len(tokens)
+    while bos is not None and tokens[first : first + 2] == [bos, bos]:
+        first += 1
+    while eos is not None and tokens[first:last][-2:] == [eos, eos]:
+        last -= 1
+    begin = max((place[1] for place in places[:first] if place), default=0)
+    end = min((place[0] for place in places[last:] if place), default=len(text))
+    tokens = tokens[first:last]
+    places = [place and (place[0] - begin, place[1] - begin) for place in places[first:last]]
     if eos is not None and tokens[-1:] != [eos]:
-        tokens = [*tokens, eos]
-    return _cut(tokens, tokens, max_length)
+        tokens, places = [*tokens, eos], [*places, None]
+    read = _read_by(tokenizer, text[begin:end], tokens[:max_length], places)
+    return _cut(tokens, tokens, max_length, text=read)
 
 
 def encode_conversation(tokenizer: Any, messages: Messages, *, max_length: int) -> Sample:
@@ -125,12 +136,34 @@ def encode_conversation(tokenizer: Any, messages: Messages, *, max_length: int) 
         token if any(start <= offset[0] < end for start, end in spans) else IGNORED
         for token, offset in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    return _cut(encoded["input_ids"], labels, max_length)
+    read = _read_by(tokenizer, text, encoded["input_ids"][:max_length], encoded["offset_mapping"])
+    return _cut(encoded["input_ids"], labels, max_length, text=read)
 
 
-def _cut(input_ids: list[int], labels: list[int], max_length: int) -> Sample:
+def _cut(input_ids: list[int], labels: list[int], max_length: int, *, text: str) -> Sample:
     kept = input_ids[:max_length]
-    return Sample(kept, labels[:max_length], len(input_ids) - len(kept), (len(kept),))
+    return Sample(kept, labels[:max_length], len(input_ids) - len(kept), (len(kept),), text)
+
+
+def _read_by(tokenizer: Any, text: str, kept: list[int], places: Sequence[tuple[int, int] | None]) -> str:
+    """
+    As much of a text as its first tokens are of, with those around it that the tokenizer added.
+
+    Not decoded: that would put spaces where there were none, and be no text where a character was cut in two.
+
+    Args:
+        kept: the first tokens of the text.
+        places: of all its tokens, those that were cut as well; None for one that was added.
+    """
+    inside = [number for number, place in enumerate(places) if place]
+    before, behind = (inside[0], inside[-1] + 1) if inside else (len(places), len(places))
+    head, tail = ("".join(tokenizer.convert_ids_to_tokens(added)) for added in (kept[:before], kept[behind:]))
+    if len(kept) >= behind:
+        return head + text + tail
+    if len(kept) <= before:
+        return head
+    # Several tokens of one character have its place all; a byte-level token's may leave out the space before it.
+    return head + text[: min(places[len(kept) - 1][1], places[len(kept)][0])]
 
 
 def _render_last_turn(tokenizer: Any, messages: Messages, prompt: str) -> str:
@@ -305,6 +338,7 @@ def _join(parts: Sequence[Sample]) -> Sample:
         labels=[label for part in parts for label in _without_first_labels(part)],
         cut=sum(part.cut for part in parts),
         lengths=tuple(length for part in parts for length in part.lengths),
+        text="".join(part.text for part in parts),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_search import AdapterError, latest_adapter
+from lib.calibration import TRAINING
 from lib.checkpoint import rename_experts
 from lib.config import Place, as_plain, config_error, definition, find_mistakes, schema, without_mistakes
 from lib.config_checks import (
@@ -127,6 +128,11 @@ class Imatrix:
     text: str
     chunks: int
     source: str | None = field(metadata={"key": "from"})
+
+    @property
+    def of_training(self) -> bool:
+        """Whether the text is the training data, rendered by the chat template."""
+        return self.text == TRAINING
 
 
 @dataclass(frozen=True)

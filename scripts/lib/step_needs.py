@@ -74,6 +74,7 @@ def needs_of(
     of_model = {
         "fetch_base": estimate.fetch_needs,
         "import_adapter": estimate.import_needs,
+        "render_data": estimate.render_needs,
         "convert_adapter": estimate.convert_adapter_needs,
         "convert_gguf": estimate.convert_needs,
         "render_modelfile": estimate.modelfile_needs,

@@ -125,7 +125,8 @@ def _users_files(model: Model) -> Iterator[str]:
     """Patterns of what the user put there; in the form that Snakemake gives to paths."""
     train = model.adapter and model.adapter.train
     imatrix = model.quantize.imatrix
-    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions, imatrix and imatrix.text]
+    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions]
+    files += [imatrix.text] if imatrix and not imatrix.of_training else []
     files += [model.quality.text, model.quality.general_text] if model.quality else []
     files += [model.rag.questions, *map(str, document_files(Path(model.rag.documents)))] if model.rag else []
     yield from (re.escape(os.path.normpath(file)) for file in files if file)

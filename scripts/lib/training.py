@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lib.adapted_model import build_model, check_packable
 from lib.base_model import check_device, limit_memory
 from lib.console import say
-from lib.dataset import DataError, read_examples
-from lib.loading import explain_loading
-from lib.samples import Sample, SampleSummary, check_learnable, encode_examples, pack_samples, summarize_samples
+from lib.samples import Sample, pack_samples, summarize_samples
 from lib.train_settings import Train
+from lib.training_data import read_training_data
 from lib.training_run import Places, history_of, quieten_transformers, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
@@ -74,55 +73,24 @@ def train_lora(*, places: Places, settings: Train, gpus: Sequence[float]) -> Tra
 
 def prepare_samples(base: Path, settings: Train) -> tuple[list[Sample], list[Sample]]:
     """
-    Read, render and encode the data; says how much of it was cut.
+    Read, render and encode the data, and pack them if the settings say so.
 
     Returns:
         Samples to train on, and held-out ones (none if the settings name no held-out data).
     """
-    from transformers import AutoTokenizer
-
-    with explain_loading("tokenizer", base):
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-
-    def encode(path: Path) -> list[Sample]:
-        examples = read_examples(path)
-        samples = encode_examples(tokenizer, examples, max_length=settings.max_length)
-        check_learnable(samples, examples, path, max_length=settings.max_length)
-        _say_counts(path, summarize_samples(samples), settings.max_length)
-        return samples
-
-    train = encode(Path(settings.data))
-    held_out = encode(Path(settings.eval_data)) if settings.eval_data else []
-    if settings.eval_fraction:
-        train, held_out = _hold_out(train, settings)
+    train, held_out = read_training_data(
+        base=base,
+        data=Path(settings.data),
+        eval_data=Path(settings.eval_data) if settings.eval_data else None,
+        eval_fraction=settings.eval_fraction,
+        max_length=settings.max_length,
+        seed=settings.seed,
+    )
     if settings.packing:
         packed = pack_samples(train, max_length=settings.max_length)
         say(f"{len(train)} samples packed into {len(packed)} rows")
         train = packed
     return train, held_out
-
-
-def _say_counts(path: Path, counts: SampleSummary, max_length: int) -> None:
-    say(f"{path.name}: {counts.samples} samples, {counts.tokens} tokens, {counts.learned_tokens} of them learned")
-    if counts.cut_samples:
-        say(f"{counts.cut_samples} samples are longer than max_length {max_length}: {counts.cut_tokens} tokens are cut")
-
-
-def _hold_out(samples: list[Sample], settings: Train) -> tuple[list[Sample], list[Sample]]:
-    """
-    Draw the held-out share by the seed, at least one sample and not all.
-
-    Raises:
-        DataError: there is but one sample.
-    """
-    import random
-
-    if len(samples) < 2:
-        raise DataError(f"{settings.data}: eval_fraction has to leave samples to train on, and there is but one")
-    count = min(max(1, round(len(samples) * settings.eval_fraction)), len(samples) - 1)
-    chosen = set(random.Random(settings.seed).sample(range(len(samples)), count))
-    say(f"{count} of {len(samples)} samples are held out")
-    return [each for i, each in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
 
 
 def _run(
