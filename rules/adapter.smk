@@ -11,6 +11,7 @@ rule check_data:
     """Check the conversations before anything long starts, and write down which they are."""
     input:
         data=lambda w: spec(w.model).adapter.train.data,
+        eval_data=held_out_data,
     output:
         identity="work/{model}/data.json",
     log:
@@ -35,8 +36,13 @@ rule check_data:
         python=interpreter,
         script=script("check_data.py"),
         code=code_digest("check_data.py"),
+        held_out=held_out_option,
     shell:
-        "{params.python} {params.script:q}" " --data {input.data:q}" " --output {output.identity:q}" " --log {log:q}"
+        "{params.python} {params.script:q}"
+        " --data={input.data:q}"
+        " {params.held_out}"
+        " --output {output.identity:q}"
+        " --log {log:q}"
 
 
 rule render_data:
@@ -45,7 +51,7 @@ rule render_data:
         base="bases/{model}/MANIFEST.json",
         data_identity="work/{model}/data.json",
         data=lambda w: ancient(spec(w.model).adapter.train.data),
-        eval_data=held_out_data,
+        eval_data=lambda w: ancient(held_out_data(w)),
     output:
         training="work/{model}/training.txt",
         held_out="work/{model}/held_out.txt",
@@ -91,6 +97,7 @@ rule train_adapter:
         base_check="work/{model}/base.json",
         data_identity="work/{model}/data.json",
         data=lambda w: ancient(spec(w.model).adapter.train.data),
+        eval_data=lambda w: ancient(held_out_data(w)),
     output:
         # `update`: Snakemake puts the earlier adapter back when the new training fails.
         manifest=update("adapters/{model}/MANIFEST.json"),

