@@ -1,6 +1,6 @@
 # In: a base, and conversations or an adapter that is there already. Out: adapters/{model}, a LoRA in peft's format; and
-# as texts for llama.cpp what it was trained on and what was held out, work/{model}/training.txt and held_out.txt, with
-# rendered.json to tell which they are.
+# for llama.cpp what it was trained on as a text and what was held out as tokens, work/{model}/training.txt and
+# held_out.json, with rendered.json to tell which they are.
 ADAPTED = [name for name, model in PROJECT.models.items() if model.adapter]
 UNADAPTED = [name for name, model in PROJECT.models.items() if not model.adapter]
 TRAINED = [name for name, model in PROJECT.models.items() if model.adapter and model.adapter.train is not None]
@@ -46,7 +46,7 @@ rule check_data:
 
 
 rule render_data:
-    """Write the training data as texts, each sample as training sees it."""
+    """Write what is trained on as a text, and what is held out as tokens, each sample as training sees it."""
     input:
         base="bases/{model}/MANIFEST.json",
         data_identity="work/{model}/data.json",
@@ -54,7 +54,7 @@ rule render_data:
         eval_data=lambda w: ancient(held_out_data(w)),
     output:
         training="work/{model}/training.txt",
-        held_out="work/{model}/held_out.txt",
+        held_out="work/{model}/held_out.json",
         identity="work/{model}/rendered.json",
     log:
         "logs/{model}/render_data.log",

@@ -1,7 +1,9 @@
 # In: a model's 16-bit GGUF, its quantized types, a text. Out: reports/{model}.quality.{json,png}, what quantizing and
-# merging cost the model; work/{model}/quality.types.json, the figures; work/{model}/quality.json, the limits are met.
+# merging cost the model and what tuning brought; work/{model}/quality.*.json, the figures of each; and
+# work/{model}/quality.json, the limits are met.
 JUDGED = [name for name, model in PROJECT.models.items() if model.quality]
 MERGED_TWICE = [name for name in JUDGED if spec(name).quality.base_weights]
+HELD_OUT = [name for name in JUDGED if spec(name).holds_out]
 LIMITED = [name for name in JUDGED if spec(name).quality.limits]
 
 
@@ -150,11 +152,59 @@ rule compare_merges:
         " --log {log:q}"
 
 
+rule measure_tuning:
+    """Judge the tuned model and its base, in the default type, by what was held out of the training data."""
+    input:
+        tuned=lambda w: default_gguf(w.model) + ".json",
+        base=lambda w: default_gguf(w.model, ".base") + ".json",
+        tuned_gguf=lambda w: ancient(default_gguf(w.model)),
+        base_gguf=lambda w: ancient(default_gguf(w.model, ".base")),
+        identity="work/{model}/rendered.json",
+        held_out=ancient("work/{model}/held_out.json"),
+        llama_cpp="work/llama_cpp.json",
+    output:
+        figures="work/{model}/quality.tuning.json",
+    log:
+        "logs/{model}/measure_tuning.log",
+    benchmark:
+        "logs/{model}/measure_tuning.jsonl"
+    wildcard_constraints:
+        model="|".join(HELD_OUT) or "(?!)",
+    conda:
+        "../envs/llama_cpp.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda w: tuning_needs(w).mem_mb,
+        disk_mb=lambda w: tuning_needs(w).disk_mb,
+        runtime=lambda w: tuning_needs(w).runtime,
+        gpu=lambda w: tuning_needs(w).gpu,
+        gpu_mem_mb=lambda w: tuning_needs(w).gpu_mem_mb,
+    params:
+        python=on_gpus(tuning_needs),
+        script=script("measure_tuning.py"),
+        code=code_digest("measure_tuning.py"),
+        chunks=lambda w: spec(w.model).quality.chunks,
+        # Not recorded: figures of a GPU are as good.
+        device=lambda w, input: spec(w.model).quality.device,
+        llama_cpp=llama_cpp_options(),
+    shell:
+        "{params.python} {params.script:q}"
+        " --tuned {input.tuned_gguf:q}"
+        " --base {input.base_gguf:q}"
+        " --held-out {input.held_out:q}"
+        " --chunks {params.chunks}"
+        " --device {params.device}"
+        " --output {output.figures:q}"
+        " {params.llama_cpp}"
+        " --log {log:q}"
+
+
 rule report_quality:
     """Put the figures of all files together."""
     input:
         types="work/{model}/quality.types.json",
         merges=merges_file,
+        tuning=tuning_file,
     output:
         report="reports/{model}.quality.json",
         picture=report(
@@ -186,21 +236,23 @@ rule report_quality:
         code=code_digest("report_quality.py"),
         matrices=matrix_options,
         merges=lambda w: f"--merges={merges_file(w)}" if merges_file(w) else "",
+        tuning=lambda w: f"--tuning={tuning_file(w)}" if tuning_file(w) else "",
     shell:
         "{params.python} {params.script:q}"
         " --model {wildcards.model}"
         " --types {input.types:q}"
         " {params.matrices}"
         " {params.merges}"
+        " {params.tuning}"
         " --output {output.report:q}"
         " --picture {output.picture:q}"
         " --log {log:q}"
 
 
 rule check_quality:
-    """Hold a model's types to the limits that are set for them."""
+    """Hold a model's types to the limits that are set for them; its base and other merges are not built for that."""
     input:
-        report="reports/{model}.quality.json",
+        types="work/{model}/quality.types.json",
     output:
         passed=passed_file("{model}"),
     log:
@@ -225,11 +277,14 @@ rule check_quality:
         script=script("check_quality.py"),
         code=code_digest("check_quality.py"),
         types=quantized_types,
+        matrices=matrix_options,
         limits=limit_options,
     shell:
         "{params.python} {params.script:q}"
-        " --report {input.report:q}"
+        " --model {wildcards.model}"
+        " --measured {input.types:q}"
         " --types {params.types}"
+        " {params.matrices}"
         " {params.limits}"
         " --output {output.passed:q}"
         " --log {log:q}"

@@ -1,4 +1,4 @@
-"""Write training data as texts: each sample as training sees it, rendered by the base's chat template."""
+"""Write what is trained on as a text, as training sees it, and what is held out as tokens, for llama.cpp's programs."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def render_data(
     """
     Write what is trained on to `output`, what is held out to `held_out`, and what they are to `identity`.
 
-    Samples follow one another with nothing between them, and what the tokenizer adds around a plain text is written as
-    well. Special tokens are there by their texts, which are tokens again only to a program that is told so:
-    llama-imatrix with --parse-special, llama-tokenize unless it is given --no-parse-special. llama-perplexity has no
-    such option: to it "<|im_start|>" is several tokens of plain text, where the tokenizer says that it is a control
-    token. Neither llama-imatrix nor llama-perplexity resolves escapes, and both drop a line feed at the file's end.
-    llama-tokenize keeps that, and resolves escapes unless it is given --no-escape.
+    In the text samples follow one another with nothing between them, and what the tokenizer adds around a plain text
+    is written as well. Special tokens are there by their texts, which are tokens again only to a program that is told
+    so: llama-imatrix with --parse-special, llama-tokenize unless it is given --no-parse-special. llama-perplexity has
+    no such option, to it "<|im_start|>" is several tokens of plain text; so what is held out are tokens. llama-imatrix
+    resolves no escapes, and drops a line feed at the file's end.
 
     Args:
         base: folder of the base checkpoint, of which only the tokenizer is read.
         data, eval_data, eval_fraction, max_length, seed: as in training.
-        output, held_out: text files; what is held out may be empty.
+        output: text file.
+        held_out: JSON file, the tokens of each sample; there may be none.
         identity: JSON file.
 
     Returns:
@@ -56,20 +56,19 @@ def render_data(
     train, rest = read_training_data(
         base=base, data=data, eval_data=eval_data, eval_fraction=eval_fraction, max_length=max_length, seed=seed
     )
-    facts = {"training": _write(output, train), "held_out": _write(held_out, rest)}
+    with finished_file(output) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(sample.text for sample in train)
+    write_json(held_out, [sample.input_ids for sample in rest])
+    facts = {"training": _describe(output, train), "held_out": _describe(held_out, rest)}
     write_json(identity, facts)
     for path, written in zip((output, held_out), facts.values(), strict=True):
         say(f"wrote {path}: {written['samples']} samples, {written['tokens']} tokens")
     return facts
 
 
-def _write(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
-    with finished_file(path) as partial:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(sample.text for sample in samples)
-        written = describe_file(partial)
+def _describe(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
     counts = summarize_samples(samples)
-    return {**written, "samples": counts.samples, "tokens": counts.tokens}
+    return {**describe_file(path), "samples": counts.samples, "tokens": counts.tokens}
 
 
 def main() -> None:
@@ -79,8 +78,8 @@ def main() -> None:
     for name in SETTINGS:
         add_setting(parser, "train", name, required=name == "data")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="text of what is trained on")
-    parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text of what is held out")
-    parser.add_argument("--identity", type=Path, required=True, metavar="FILE", help="JSON file: which texts they are")
+    parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="tokens of what is held out, JSON")
+    parser.add_argument("--identity", type=Path, required=True, metavar="FILE", help="JSON file: which they are")
 
     def work(arguments: argparse.Namespace) -> None:
         render_data(

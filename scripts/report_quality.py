@@ -11,7 +11,7 @@ from lib.console import say
 from lib.jsonfile import read_json, write_json
 from lib.outputs import finished_file
 from lib.quality_picture import draw
-from lib.quality_report import Matrices, compose, write_table
+from lib.quality_report import Matrices, add_matrices, compose, matrices_from, write_table
 
 
 def report_quality(
@@ -20,6 +20,7 @@ def report_quality(
     types: Path,
     matrices: Matrices,
     merges: Path | None,
+    tuning: Path | None,
     output: Path,
     picture: Path,
 ) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def report_quality(
         types: what measure_types.py wrote.
         matrices: which importance matrices these were made with.
         merges: what compare_merges.py wrote.
+        tuning: what measure_tuning.py wrote.
 
     Returns:
         The report.
@@ -40,6 +42,7 @@ def report_quality(
         types=read_json(types),
         matrices=matrices,
         merges=read_json(merges) if merges else None,
+        tuning=read_json(tuning) if tuning else None,
     )
     with finished_file(picture) as partial:
         draw(report, partial)
@@ -52,8 +55,9 @@ def _work(arguments: argparse.Namespace) -> None:
     report_quality(
         model=arguments.model,
         types=arguments.types,
-        matrices=Matrices(arguments.matrix, arguments.general_matrix),
+        matrices=matrices_from(arguments),
         merges=arguments.merges,
+        tuning=arguments.tuning,
         output=arguments.output,
         picture=arguments.picture,
     )
@@ -64,11 +68,9 @@ def main() -> None:
     parser = script_parser(__doc__, threads=False)
     parser.add_argument("--model", required=True, metavar="NAME", help="what the report calls the model")
     parser.add_argument("--types", type=Path, required=True, metavar="FILE", help="figures, of measure_types.py")
-    parser.add_argument(
-        "--matrix", metavar="TEXT", help="what the model's importance matrix is computed from, in words"
-    )
-    parser.add_argument("--general-matrix", metavar="TEXT", help="likewise that of the variant `general`")
+    add_matrices(parser)
     parser.add_argument("--merges", type=Path, metavar="FILE", help="figures, of compare_merges.py")
+    parser.add_argument("--tuning", type=Path, metavar="FILE", help="figures, of measure_tuning.py")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the report, JSON")
     parser.add_argument("--picture", type=Path, required=True, metavar="FILE", help="PNG")
     run_script(parser, _work)

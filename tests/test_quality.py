@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from conftest import ROOT, copy_built, planned_rules, run_snakemake
 from PIL import Image
 from test_rebuild import plan, set_in_config
-from tiny import write_text
 
 from lib.llama_cpp import LlamaCpp
 from lib.logits_file import LogitsError, logits_bytes, read_logits_file
 from lib.perplexity import Evaluator, QualityError
-from lib.quality_report import Matrices, refused
+from lib.quality_report import Matrices, compose, refused, write_table
 from lib.spec import resolve_project
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def configure(project: Path, checkout: Path, **quality: Any) -> None:
 def judged(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the built folder whose types were measured, and the output of that run."""
     project, checkout = copy_built(built, tmp_path_factory.mktemp("judged") / "a place 場")
-    text = write_text(project / "judged by.txt").read_text().splitlines()
+    text = tiny.write_text(project / "judged by.txt").read_text().splitlines()
     (project / "general.txt").write_text("\n".join(sorted(text)))
     (project / "weighed by.txt").write_text("\n".join(reversed(text)))
     set_in_config("models", "tiny", "quantize", value=MATRIX)(project, checkout)
@@ -166,7 +166,7 @@ def test_a_broken_off_measurement_goes_on(judged: Path, tmp_path: Path) -> None:
 def test_another_text_or_length_measures_all(judged: Path, tmp_path: Path, edit: str) -> None:
     project = copied(judged, tmp_path)
     if edit == "text":
-        write_text(project / "judged by.txt", repeats=21)
+        tiny.write_text(project / "judged by.txt", repeats=21)
     else:
         configure(project, ROOT, chunks=2)
     assert "measure_types" in {rule for rule, _ in plan(project, ROOT, REPORT)}
@@ -208,7 +208,7 @@ ROW = {"variant": "", "matrix": "none", "perplexity_ratio": 1.0, "mean_kld": 0.1
 )
 def test_each_limit(limits: dict[str, float], told: str | None) -> None:
     report = {"types": [{**ROW, "type": "q4_k_m"}, {**ROW, "type": "q2_k", "mean_kld": 9.0}]}
-    lines = refused(report, ["q4_k_m"], limits)
+    lines = refused(report["types"], ["q4_k_m"], limits)
     assert lines[:1] == ([told] if told else [])
     if told:
         assert "quantize.imatrix.text" in lines[-1] and "quantize.leave_output_tensor" in lines[-1]
@@ -218,7 +218,7 @@ def test_a_larger_type_is_proposed_by_what_was_measured() -> None:
     """Of the demo q5_k_m is further from the 16-bit file than q4_k_m, so that size alone would mislead."""
     sizes = {"q4_k_m": (4, 0.06), "q5_k_m": (5, 0.13), "q6_k": (6, 0.01)}
     rows = [{**ROW, "type": quant, "size": size, "mean_kld": kld} for quant, (size, kld) in sizes.items()]
-    assert "(q6_k is within the limits)" in refused({"types": rows}, ["q4_k_m"], {"max_kld": 0.05})[-1]
+    assert "(q6_k is within the limits)" in refused(rows, ["q4_k_m"], {"max_kld": 0.05})[-1]
 
 
 def test_types_without_use_for_a_matrix_have_one_row() -> None:
@@ -314,21 +314,91 @@ def test_wrong_options_are_told_plainly(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def compared(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The report of a model trained by QLoRA, merged both ways."""
+def both(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained by QLoRA, merged both ways, and judged by its held-out data."""
     project = tmp_path_factory.mktemp("compared") / "project"
     shutil.copytree(judged, project, symlinks=True)
     configure(project, ROOT, base_weights=True, types=[])
-    set_in_config("models", "tiny", "adapter", "train", "method", value="qlora")(project, ROOT)
+    tiny.write_data(project / "held out.jsonl", repeats=4)
+    train = {**tiny.TRAIN, "method": "qlora", "eval_data": "held out.jsonl"}
+    set_in_config("models", "tiny", "adapter", "train", value=train)(project, ROOT)
     done = run_snakemake(project, "-j1", REPORT)
     assert done.returncode == 0, done.stderr
     assert "Away from the model as it was trained:" in done.stderr
-    assert not list((project / "work/tiny").glob("**/*.gguf"))
-    return read_report(project)["base_weights"]
+    assert "Perplexity of the held-out training data (24 samples, q4_k_m):" in done.stderr
+    left = [path for path in (project / "work/tiny").rglob("*") if path.suffix in (".gguf", ".logits")]
+    assert not left and plan(project, ROOT, REPORT) == set()
+    return project
 
 
-def test_the_merge_into_the_weights_of_training_is_nearer_to_it(compared: dict[str, Any]) -> None:
+def test_the_merge_into_the_weights_of_training_is_nearer_to_it(both: Path) -> None:
     """Q8_0 alone is all that lies between it and the adapter on its 4-bit base; llama.cpp judges transformers here."""
+    compared = read_report(both)["base_weights"]
     assert compared["nearer"] == "nf4"
     assert compared["nf4"]["mean_kld"] < compared["original"]["mean_kld"]
     assert compared["nf4"]["mean_kld"] < 1e-3 and compared["nf4"]["top1"] > 0.95
+
+
+def test_tuning_shows_in_what_was_held_out(both: Path) -> None:
+    """The tiny base knows nothing, and the held-out data are those that were learned."""
+    found = read_report(both)["tuning"]
+    assert found["verdict"] == "the tuned model predicts them better"
+    assert found["tuned"]["perplexity"] < 0.9 * found["base"]["perplexity"]
+    assert (found["base"]["name"], found["tuned"]["name"]) == ("tiny.base.q4_k_m.gguf", "tiny.q4_k_m.gguf")
+    assert found["tuned"]["chunks"] * found["tuned"]["context"] <= sum(map(len, held_out_tokens(both)))
+
+
+def held_out_tokens(project: Path) -> list[list[int]]:
+    return json.loads((project / "work/tiny/held_out.json").read_text())
+
+
+def test_tokens_are_judged_as_transformers_judges_them(both: Path, evaluator: Evaluator, tmp_path: Path) -> None:
+    """Special tokens among them; the merged checkpoint is what the 16-bit file is made of."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = [token for sample in held_out_tokens(both) for token in sample]
+    found = evaluator.perplexity_of_tokens(
+        both / "models/tiny.f16.gguf", tokens, chunks=CHUNKS, scratch=tmp_path / "logits"
+    )
+    model = AutoModelForCausalLM.from_pretrained(both / "models/tiny/merged", dtype=torch.float32)
+    begin, losses = model.config.bos_token_id, []
+    for place in range(found.chunks):
+        chunk = tokens[place * found.context : (place + 1) * found.context]
+        with torch.no_grad():
+            logits = model(torch.tensor([[begin, *chunk[1:]]])).logits[0].double()
+        judged = range(found.context // 2, found.context - 1)
+        losses += [torch.nn.functional.cross_entropy(logits[each], torch.tensor(chunk[each + 1])) for each in judged]
+    expected = torch.stack(losses).mean().exp().item()
+    assert found.perplexity == pytest.approx(expected, rel=2e-3)
+
+
+def test_tokens_of_a_text_are_judged_as_the_text_is(judged: Path, evaluator: Evaluator, tmp_path: Path) -> None:
+    gguf, logits = judged / "models/tiny.f16.gguf", tmp_path / "logits"
+    expected = evaluator.perplexity(gguf, judged / "judged by.txt", chunks=CHUNKS, logits=logits)
+    tokens = read_logits_file(logits).tokens.ravel().tolist()
+    found = evaluator.perplexity_of_tokens(gguf, tokens, chunks=CHUNKS, scratch=tmp_path / "scratch")
+    assert (found.context, found.chunks) == (expected.context, expected.chunks)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+    assert found.error == pytest.approx(expected.error, rel=1e-2)
+    with pytest.raises(QualityError, match="223 tokens of held-out data are too few .* 224 are the least"):
+        evaluator.perplexity_of_tokens(gguf, tokens[:223], chunks=CHUNKS, scratch=tmp_path / "scratch")
+    with pytest.raises(QualityError, match="and there is a token 70000: of another model"):
+        evaluator.perplexity_of_tokens(gguf, [*tokens[:511], 70000] * 2, chunks=CHUNKS, scratch=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("tuned", "verdict"),
+    [
+        (7.0, "the tuned model predicts them better"),
+        (13.0, "the tuned model predicts them worse than its base"),
+        (10.9, "no difference that could not be chance"),
+    ],
+)
+def test_a_tuning_that_harmed_or_did_nothing_is_told(tuned: float, verdict: str) -> None:
+    figures = {"error": 0.8, "context": 512, "chunks": 2, "name": "t.q4_k_m.gguf"}
+    tuning = {"samples": 9, "base": {**figures, "perplexity": 10.0}, "tuned": {**figures, "perplexity": tuned}}
+    types = {"text": {}, "reference": {"chunks": 1, "name": "t.f16.gguf", "size": 1, "perplexity": 1.0}, "types": []}
+    report = compose(model="t", types=types, matrices=Matrices(None, None), merges=None, tuning=tuning)
+    assert report["tuning"]["verdict"] == verdict
+    assert f"10.00 ± 0.80 before tuning, {tuned:.2f} ± 0.80 after; {verdict}." in write_table(report)

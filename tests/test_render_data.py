@@ -1,4 +1,4 @@
-"""Training data as texts for llama.cpp: what training sees, divided as training divides it."""
+"""Training data as llama.cpp takes them: what training sees, divided as training divides it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lib.llama_cpp import LlamaCpp
 from lib.training import prepare_samples
 
 CHUNKS = 2
-NAMES = ("training.txt", "held_out.txt", "rendered.json")
+NAMES = ("training.txt", "held_out.json", "rendered.json")
 
 
-def render(base: Path, data: Path, **changes: Any) -> tuple[str, str, dict[str, Any]]:
-    """Both texts, and what was written down of them."""
+def render(base: Path, data: Path, **changes: Any) -> tuple[str, list[list[int]], dict[str, Any]]:
+    """The text, the tokens that are held out, and what was written down of them."""
     folder = data.parent
     settings = {"eval_data": None, "eval_fraction": 0.0, "max_length": 1024, "seed": 0, **changes}
     paths = dict(zip(("output", "held_out", "identity"), (folder / name for name in NAMES), strict=True))
     render_data(base=base, data=data, **settings, **paths)
-    texts = [path.read_bytes().decode() for path in paths.values()]
-    return texts[0], texts[1], json.loads(texts[2])
+    text, held_out, facts = (path.read_bytes().decode() for path in paths.values())
+    return text, json.loads(held_out), json.loads(facts)
 
 
 def rendered_by_transformers(base: Path, pairs: list[tuple[str, str]]) -> str:
@@ -46,15 +46,23 @@ def rendered_by_transformers(base: Path, pairs: list[tuple[str, str]]) -> str:
     return "".join(tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks)
 
 
+def tokens_by_transformers(base: Path, pair: tuple[str, str]) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    text = rendered_by_transformers(base, [pair])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_every_sample_is_as_the_chat_template_renders_it(tiny_base: Path, tmp_path: Path) -> None:
     text, held_out, facts = render(tiny_base, tiny.write_data(tmp_path / "train.jsonl"))
     assert text == rendered_by_transformers(tiny_base, tiny.CONVERSATIONS)
-    assert held_out == ""
+    assert held_out == []
     read = text.encode()
     assert facts["training"]["size"] == len(read)
     assert facts["training"]["sha256"] == hashlib.sha256(read).hexdigest()
     assert facts["training"]["samples"] == len(tiny.CONVERSATIONS)
-    assert facts["held_out"] == {"size": 0, "sha256": hashlib.sha256().hexdigest(), "samples": 0, "tokens": 0}
+    assert (facts["held_out"]["samples"], facts["held_out"]["tokens"]) == (0, 0)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -68,15 +76,16 @@ def test_it_is_divided_as_in_training(packing: bool, tiny_base: Path, tmp_path: 
         settings = runs.settings(data=str(data), eval_fraction=0.3, seed=seed, max_length=60, packing=packing)
         parts = prepare_samples(tiny_base, settings)
         assert [sum(len(row.lengths) for row in part) for part in parts] == [8, 4]
-        *texts, facts = render(tiny_base, data, eval_fraction=0.3, seed=seed, max_length=60)
-        for text, part, name in zip(texts, parts, ("training", "held_out"), strict=True):
+        text, held_out, facts = render(tiny_base, data, eval_fraction=0.3, seed=seed, max_length=60)
+        for part, name in zip(parts, ("training", "held_out"), strict=True):
             assert facts[name]["tokens"] == sum(len(row.input_ids) for row in part)
-            decoded = [tokenizer.decode(row.input_ids) for row in part]
-            if packing:
-                marks = [[each for each in whole.split("<s>") if each] for whole in (text, "".join(decoded))]
-                assert sorted(marks[0]) == sorted(marks[1])
-            else:
-                assert text == "".join(decoded).replace("\ufffd", "")
+        assert held_out == [row.input_ids for row in parts[1]]
+        decoded = [tokenizer.decode(row.input_ids) for row in parts[0]]
+        if packing:
+            marks = [[each for each in whole.split("<s>") if each] for whole in (text, "".join(decoded))]
+            assert sorted(marks[0]) == sorted(marks[1])
+        else:
+            assert text == "".join(decoded).replace("\ufffd", "")
 
 
 def test_data_that_are_held_out_by_a_file_of_their_own(tiny_base: Path, tmp_path: Path) -> None:
@@ -84,7 +93,7 @@ def test_data_that_are_held_out_by_a_file_of_their_own(tiny_base: Path, tmp_path
     (tmp_path / "held.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
     text, held_out, facts = render(tiny_base, data, eval_data=tmp_path / "held.jsonl")
     assert text == rendered_by_transformers(tiny_base, tiny.CONVERSATIONS)
-    assert held_out == rendered_by_transformers(tiny_base, [("Who?", "Nobody.")])
+    assert held_out == [tokens_by_transformers(tiny_base, ("Who?", "Nobody."))]
     assert facts["held_out"]["samples"] == 1
 
 
@@ -106,12 +115,13 @@ def test_the_script_works_without_torch(tiny_base: Path, tmp_path: Path) -> None
 
 def test_the_identity_of_a_text_says_what_it_is_made_of(tiny_base: Path, tmp_path: Path) -> None:
     render(tiny_base, tiny.write_data(tmp_path / "train.jsonl", repeats=10), eval_fraction=0.5)
-    training, held_out, rendered = (tmp_path / name for name in NAMES)
+    training, _, rendered = (tmp_path / name for name in NAMES)
     plain = identify_text(training)
     assert identify_text(training, rendered=rendered) == {**plain, "made_of": "training data"}
-    assert identify_text(held_out, rendered=rendered)["made_of"] == "held-out data"
     training.write_bytes(training.read_bytes() + b"a")
-    with pytest.raises(CalibrationError, match="training.txt is none of the texts in .*rendered.json; run render_data"):
+    with pytest.raises(
+        CalibrationError, match="training.txt is not the text that .*rendered.json is of; run render_data"
+    ):
         identify_text(training, rendered=rendered)
 
 

@@ -10,7 +10,8 @@ def matrices_of(wildcards):
     """What the importance matrices are computed from, in words."""
     model = spec(wildcards.model)
     own, general = model.quantize.imatrix, model.quality.general_text
-    return Matrices(own and Path(own.text).name, general and Path(general).name)
+    described = own and ("training data" if own.of_training else Path(own.text).name)
+    return Matrices(described, general and Path(general).name)
 
 
 def merges_file(wildcards):
@@ -19,6 +20,14 @@ def merges_file(wildcards):
 
 def merges_needs(wildcards):
     return estimate.compare_merges_needs(spec(wildcards.model), PROJECT.hardware)
+
+
+def tuning_file(wildcards):
+    return f"work/{wildcards.model}/quality.tuning.json" if spec(wildcards.model).holds_out else []
+
+
+def tuning_needs(wildcards):
+    return estimate.measure_tuning_needs(spec(wildcards.model), PROJECT.hardware)
 
 
 def compared_types(wildcards):

@@ -13,8 +13,7 @@ CHUNK_TOKENS = 512  # llama-imatrix's default; written down here, since the matr
 LEAST_TOKENS = 2 * CHUNK_TOKENS  # llama-imatrix refuses fewer
 ADDED_TOKENS = 2  # a tokenizer's start token and its space before the text; every other token is at least a byte
 TRAINING = "training"  # in the place of a file's name: the training data, rendered by the chat template
-# What texts are made of that scripts/render_data.py wrote, by its names for them.
-MADE_OF = {"training": "training data", "held_out": "held-out data"}
+MADE_OF = "training data"  # the text that scripts/render_data.py writes
 
 
 class CalibrationError(ModelmillError):
@@ -65,15 +64,13 @@ def identify_text(text: Path, *, rendered: Path | None = None) -> dict[str, Any]
 def _made_of(text: Path, rendered: Path) -> dict[str, str]:
     facts = describe_file(text)
     try:
-        listed = read_json(rendered)
-        found = {name for name in MADE_OF if listed[name]["sha256"] == facts["sha256"]}
-        tokens = {name: int(listed[name]["tokens"]) for name in MADE_OF}
+        listed = read_json(rendered)["training"]
+        found, tokens = listed["sha256"] == facts["sha256"], int(listed["tokens"])
     except (ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{rendered} is not what render_data.py writes; run that again") from error
     if not found:
-        raise CalibrationError(f"{text} is none of the texts in {rendered}; run render_data.py again")
-    name = next(each for each in MADE_OF if each in found)
+        raise CalibrationError(f"{text} is not the text that {rendered} is of; run render_data.py again")
     # Known before the model is: a matrix that cannot be computed is not to be found out after hours of training.
-    if tokens[name] + ADDED_TOKENS < LEAST_TOKENS:
-        raise too_few_tokens(text, tokens[name], rendered=True)
-    return {"made_of": MADE_OF[name]}
+    if tokens + ADDED_TOKENS < LEAST_TOKENS:
+        raise too_few_tokens(text, tokens, rendered=True)
+    return {"made_of": MADE_OF}

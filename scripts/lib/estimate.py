@@ -270,6 +270,14 @@ def measure_needs(model: Model, hardware: Hardware) -> Needs:
     return Needs(in_mb(max(held, min(held + size, 0.9 * hardware.ram * GIB))), disk, in_minutes(seconds))
 
 
+def measure_tuning_needs(model: Model, hardware: Hardware) -> Needs:
+    """As much as measuring one type takes; what lies on disk are logits of held-out tokens, and no file is made."""
+    if model.quality is None:
+        return small_needs()
+    logits = logits_bytes(vocabulary=shape_of(model).vocab_size, chunks=model.quality.chunks)
+    return replace(measure_needs(model, hardware), disk_mb=in_mb(logits))
+
+
 def compare_merges_needs(model: Model, hardware: Hardware) -> Needs:
     """
     The model as it was trained, run over a chunk at a time; on the cards that training had, or in RAM.

@@ -10,22 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from lib.calibration import CHUNK_TOKENS
 from lib.console import progress
 from lib.errors import ModelmillError
+from lib.gguf_file import read_gguf
 from lib.llama_cpp import LlamaCpp
-from lib.logits_file import read_logits_file
+from lib.logits_file import LogitsFile, predictions, read_logits_file, write_logits_file
 from lib.process import run_program
 
 # A text has to hold two chunks; shorter ones are judged in shorter chunks.
 CONTEXTS = (CHUNK_TOKENS, 256, 128, 64, 32)
+LEAST_JUDGED = 100  # predictions, below which llama-perplexity gives no figures
 ALL_LAYERS = 999
 LAST_LINES = 3
 TOO_SHORT = re.compile(r"tokenizes to only (\d+) tokens")
 FINAL = re.compile(r"Final estimate: PPL = ([0-9.]+) \+/- ([0-9.]+)")
 CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
+WITH_ERROR = re.compile(r"^Mean PPL\(Q\) *: +([0-9.]+) ± +([0-9.]+)", re.M)
 # As printed, by the attribute of Divergence.
 FIGURES = {
     "perplexity": r"Mean PPL\(Q\)",
@@ -121,6 +125,36 @@ class Evaluator:
                 raise _no_figures(gguf, printed)
         raise QualityError(f"{text} is too short: {short[1]} tokens, and {2 * contexts[-1]} are the least")
 
+    def perplexity_of_tokens(self, gguf: Path, tokens: Sequence[int], *, chunks: int, scratch: Path) -> Perplexity:
+        """
+        Judge a file by tokens, special ones among them, which llama-perplexity would read as plain text in a text.
+
+        It takes tokens with logits alone, to compare with: those given say that every token is as likely.
+
+        Args:
+            tokens: cut into chunks one after the other; see cut_tokens.
+            chunks: how many are judged, if there are as many.
+            scratch: where these logits lie meanwhile; see lib.logits_file.logits_bytes.
+
+        Raises:
+            QualityError: there are too few, one is not of the file's vocabulary, or the program failed.
+            GgufError: the file cannot be read.
+        """
+        import numpy as np
+
+        cut = np.array(cut_tokens(tokens, chunks), np.int32)
+        vocabulary = len(read_gguf(gguf, vocabulary_only=True).tokenizer("tokens", ()))
+        if cut.max() >= vocabulary:
+            raise QualityError(f"{gguf} has {vocabulary} tokens, and there is a token {cut.max()}: of another model?")
+        like = LogitsFile(scratch, vocabulary, cut)
+        nothing = np.zeros((predictions(like.context), vocabulary), np.float32)
+        write_logits_file(scratch, like=like, logits=repeat(nothing, like.chunks))
+        printed = self._compare(gguf, like)
+        found = WITH_ERROR.search(printed)
+        if found is None:
+            raise _no_figures(gguf, printed)
+        return Perplexity(float(found[1]), float(found[2]), like.context, like.chunks)
+
     def divergence(self, gguf: Path, logits: Path) -> Divergence:
         """
         Compare a file with the one that wrote the logits.
@@ -130,14 +164,17 @@ class Evaluator:
             LogitsError: the logits are not whole.
         """
         held = read_logits_file(logits)
-        words = ["--kl-divergence", "--kl-divergence-base", logits]
-        printed = self._run(gguf, words, context=held.context, chunks=held.chunks)
+        printed = self._compare(gguf, held)
         found = {name: re.search(rf"^{label} *: +(-?[0-9.]+)", printed, re.M) for name, label in FIGURES.items()}
         if None in found.values() or "inconsistent vocabulary" in printed:
             raise _no_figures(gguf, printed)
         figures = {name: float(match[1]) for name, match in found.items() if match}
         figures["top1"] = round(figures["top1"] / 100, 5)
         return Divergence(**figures, chunks=held.chunks)
+
+    def _compare(self, gguf: Path, held: LogitsFile) -> str:
+        words = ["--kl-divergence", "--kl-divergence-base", held.path]
+        return self._run(gguf, words, context=held.context, chunks=held.chunks)
 
     def _run(
         self,
@@ -167,6 +204,21 @@ class Evaluator:
 
             run_program([str(word) for word in command], follow=follow, line_ends="\r,", output=output)
         return "\n".join(lines)
+
+
+def cut_tokens(tokens: Sequence[int], chunks: int) -> list[Sequence[int]]:
+    """
+    The first chunks of tokens, as long as there are two, with as much context as that leaves.
+
+    Raises:
+        QualityError: there are too few.
+    """
+    for context in CONTEXTS:
+        cut = [tokens[place : place + context] for place in range(0, len(tokens) - context + 1, context)][:chunks]
+        if len(tokens) >= 2 * context and len(cut) * predictions(context) >= LEAST_JUDGED:
+            return cut
+    least = min(context * max(2, -(-LEAST_JUDGED // predictions(context))) for context in CONTEXTS)
+    raise QualityError(f"{len(tokens)} tokens of held-out data are too few to be judged by: {least} are the least")
 
 
 def _chunks(printed: str) -> int:

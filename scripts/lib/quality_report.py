@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 from lib.calibration import CHUNK_TOKENS
@@ -15,6 +17,8 @@ from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX
 PLAIN, GENERAL = "-plain", "-general"
 VARIANTS = ("", PLAIN, GENERAL)
 NO_MATRIX = "none"
+BETTER, WORSE = "the tuned model predicts them better", "the tuned model predicts them worse than its base"
+NO_DIFFERENCE = "no difference that could not be chance"
 FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_999", "top1")
 JUDGED_TOKENS = CHUNK_TOKENS - 1 - CHUNK_TOKENS // 2
 
@@ -46,12 +50,32 @@ class Matrices:
         return (self.general if variant == GENERAL else self.own) or NO_MATRIX
 
 
+def add_matrices(parser: argparse.ArgumentParser) -> None:
+    """The options of `matrices_from`."""
+    parser.add_argument(
+        "--matrix", metavar="TEXT", help="what the model's importance matrix is computed from, in words"
+    )
+    parser.add_argument("--general-matrix", metavar="TEXT", help="likewise that of the variant `general`")
+
+
+def matrices_from(arguments: argparse.Namespace) -> Matrices:
+    """What the options of `add_matrices` say."""
+    return Matrices(arguments.matrix, arguments.general_matrix)
+
+
+def describe_types(types: Mapping[str, Any], matrices: Matrices) -> list[dict[str, Any]]:
+    """The figures of each type that measure_types.py wrote, with the matrix that it was made with; large ones first."""
+    rows = [{**row, "matrix": matrices.describe(row["type"], row["variant"])} for row in types["types"]]
+    return sorted(rows, key=lambda row: (-BITS_PER_WEIGHT[row["type"]], row["type"], VARIANTS.index(row["variant"])))
+
+
 def compose(
     *,
     model: str,
     types: Mapping[str, Any],
     matrices: Matrices,
     merges: Mapping[str, Any] | None,
+    tuning: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """
     The report.
@@ -61,23 +85,34 @@ def compose(
         types: what measure_types.py found.
         matrices: which importance matrices the types were made with.
         merges: what compare_merges.py found; None where that was not asked for.
+        tuning: what measure_tuning.py found; None where no training data are held out.
     """
     reference = types["reference"]
-    rows = [{**row, "matrix": matrices.describe(row["type"], row["variant"])} for row in types["types"]]
-    rows.sort(key=lambda row: (-BITS_PER_WEIGHT[row["type"]], row["type"], VARIANTS.index(row["variant"])))
     report = {
         "model": model,
         "text": types["text"],
         "chunks": reference["chunks"],
         "tokens": reference["chunks"] * JUDGED_TOKENS,
         "reference": reference,
-        "types": rows,
+        "types": describe_types(types, matrices),
         "base_weights": None,
+        "tuning": None,
     }
     if merges:
         each = {weights: {key: merges[weights][key] for key in FIGURES} for weights in BASE_WEIGHTS}
         report["base_weights"] = {**each, "nearer": min(each, key=lambda weights: each[weights]["mean_kld"])}
+    if tuning:
+        ratio = tuning["tuned"]["perplexity"] / tuning["base"]["perplexity"]
+        report["tuning"] = {**tuning, "perplexity_ratio": round(ratio, 6), "verdict": _verdict(tuning)}
     return report
+
+
+def _verdict(tuning: Mapping[str, Any]) -> str:
+    """One of VERDICTS; a difference within both standard errors is none."""
+    base, tuned = tuning["base"], tuning["tuned"]
+    if abs(tuned["perplexity"] - base["perplexity"]) <= hypot(base["error"], tuned["error"]):
+        return NO_DIFFERENCE
+    return BETTER if tuned["perplexity"] < base["perplexity"] else WORSE
 
 
 def write_table(report: Mapping[str, Any]) -> str:
@@ -91,7 +126,17 @@ def write_table(report: Mapping[str, Any]) -> str:
         f"{row['mean_kld']:.5f} | {row['kld_999']:.3f} | {row['top1']:.2%} |"
         for row in report["types"]
     ]
-    return "\n".join([*lines, *("\n" + line for line in describe_merges(report))])
+    return "\n".join([*lines, *("\n" + line for line in (*describe_tuning(report), *describe_merges(report)))])
+
+
+def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:
+    """What tuning brought, in a sentence."""
+    if tuning := report["tuning"]:
+        base, tuned = (f"{tuning[role]['perplexity']:.2f} ± {tuning[role]['error']:.2f}" for role in ("base", "tuned"))
+        yield (
+            f"Perplexity of the held-out training data ({tuning['samples']} samples, {type_of(tuning['tuned'])}): "
+            f"{base} before tuning, {tuned} after; {tuning['verdict']}."
+        )
 
 
 def describe_merges(report: Mapping[str, Any]) -> Iterator[str]:
@@ -127,14 +172,15 @@ def outside(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
     return told
 
 
-def refused(report: Mapping[str, Any], types: list[str], limits: Mapping[str, float]) -> list[str]:
+def refused(rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping[str, float]) -> list[str]:
     """
     The types that are not within the limits, a line each, and what to try.
 
     Args:
-        types: those that are built for use; others in the report were only compared.
+        rows: see describe_types.
+        types: those that are built for use; others were only compared.
     """
-    own = {row["type"]: row for row in report["types"] if not row["variant"]}
+    own = {row["type"]: row for row in rows if not row["variant"]}
     bad = {quant: told for quant in types if quant in own and (told := outside(own[quant], limits))}
     if not bad:
         return []

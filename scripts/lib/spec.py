@@ -236,6 +236,12 @@ class Model:
         """The 16-bit GGUF type that quantized files are made from."""
         return source_type(self.merge.dtype)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some training data are held out of a training here."""
+        train = self.adapter and self.adapter.train
+        return bool(train and (train.eval_data or train.eval_fraction))
+
 
 @dataclass(frozen=True)
 class Project:

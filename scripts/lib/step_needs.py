@@ -69,6 +69,7 @@ def needs_of(
         "train_adapter": estimate.train_needs,
         "compute_imatrix": estimate.imatrix_needs,
         "measure_types": estimate.measure_needs,
+        "measure_tuning": estimate.measure_tuning_needs,
         "compare_merges": estimate.compare_merges_needs,
     }
     of_model = {
@@ -131,7 +132,7 @@ def planned_steps(model: Model, *, direct: bool) -> list[str]:
         steps += ["merge_adapter", f"convert_gguf.{model.source_type}"]
         steps += [f"quantize_gguf.{quant}"] if quant != model.source_type else []
     if model.quality and model.quality.limits:
-        steps += ["check_quality_text", "measure_types", "report_quality", "check_quality"]
+        steps += ["check_quality_text", "measure_types", "check_quality"]
     return [*steps, "render_modelfile"]
 
 
