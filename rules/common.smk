@@ -14,12 +14,13 @@ ROOT = os.path.relpath(Path(workflow.current_basedir) / "..")
 sys.path.insert(0, f"{ROOT}/scripts")
 
 from lib import estimate, heatmap_estimate
+from lib.budget import AUTO
 from lib.checkpoint import is_side_file
 from lib.cli import usable_cores
 from lib.code import code_digest
 from lib.config import as_yaml, put_over
 from lib.config_file import read_config_file, repeated_keys
-from lib.decisions import merge_decisions, training_decisions
+from lib.decisions import merge_decisions, training_decisions, type_decisions
 from lib.documents import document_files
 from lib.errors import ModelmillError
 from lib.heatmap_spec import LABELS
@@ -30,6 +31,7 @@ from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
 from lib.quality_report import Matrices
 from lib.quantize_path import JOIN, QuantizePaths
 from lib.resource_report import report_resources
+from lib.sizes import CONTEXT, cache_bytes
 from lib.spec import resolve_project
 from lib.targets import (
     ADAPTER,
@@ -103,16 +105,17 @@ if workflow.output_settings.dryrun:
     # What jobs ask for, not what a limit (`--resources`) leaves of it.
     for name in RESOURCES:
         workflow.global_resources[name] = None
-    for line in [*training_decisions(PROJECT).values(), *merge_decisions(PROJECT, PATHS).values()]:
-        print(line, file=sys.stderr)
+    for decisions in (training_decisions(PROJECT), merge_decisions(PROJECT, PATHS), type_decisions(PROJECT)):
+        for line in decisions.values():
+            print(line, file=sys.stderr)
 
 
 wildcard_constraints:
     model=model_names(PROJECT),
     base=r"(\.base)?",
     source="|".join(SOURCE_TYPES),
-    quant="|".join(QUANTIZED_TYPES),
-    suffix="|".join(["", re.escape(ADAPTER), *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *QUANTIZED_TYPES))]),
+    quant="|".join([*QUANTIZED_TYPES, AUTO]),
+    suffix="|".join(["", re.escape(ADAPTER), *(rf"\.{quant}" for quant in (*SOURCE_TYPES, *QUANTIZED_TYPES, AUTO))]),
 
 
 def spec(model):

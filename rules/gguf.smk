@@ -1,5 +1,7 @@
 # In: a merged checkpoint, or a base (`.base`); directly, base and adapter. Out: models/{model}{base}.{type}.gguf with
-# its manifest beside it. Several types that are built directly and asked for together are one job.
+# its manifest beside it; of the type `auto` the one that work/{model}/type.json tells. Several types that are built
+# directly and asked for together are one job.
+CHOSEN = [name for name, model in PROJECT.models.items() if model.quantize.is_auto]
 
 
 rule convert_gguf:
@@ -43,6 +45,42 @@ rule convert_gguf:
         " --log {log:q}"
 
 
+rule choose_type:
+    """Choose the type that `auto` stands for, by what was measured of those that fit."""
+    input:
+        measured="work/{model}/quality.types.json",
+    output:
+        chosen="work/{model}/type.json",
+    log:
+        "logs/{model}/choose_type.log",
+    benchmark:
+        "logs/{model}/choose_type.jsonl"
+    wildcard_constraints:
+        model="|".join(CHOSEN) or "(?!)",
+    retries: 0
+    localrule: True
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=estimate.small_needs().mem_mb,
+        disk_mb=estimate.small_needs().disk_mb,
+        runtime=estimate.small_needs().runtime,
+        gpu=0,
+        gpu_mem_mb=0,
+    params:
+        python=interpreter,
+        script=script("choose_type.py"),
+        code=code_digest("choose_type.py"),
+        budget=budget_options,
+    shell:
+        "{params.python} {params.script:q}"
+        " --measured {input.measured:q}"
+        " {params.budget}"
+        " --output {output.chosen:q}"
+        " --log {log:q}"
+
+
 rule quantize_gguf:
     """Quantize with llama.cpp's quantizer."""
     input:
@@ -50,6 +88,7 @@ rule quantize_gguf:
         gguf=lambda w: ancient(quantize_source(w)),
         imatrix=imatrix_manifest,
         imatrix_gguf=imatrix_gguf,
+        chosen=chosen_file,
         llama_cpp="work/llama_cpp.json",
     output:
         gguf="models/{model}{base}.{quant}.gguf",
@@ -73,13 +112,14 @@ rule quantize_gguf:
         python=interpreter,
         script=script("quantize_gguf.py"),
         code=code_digest("quantize_gguf.py"),
+        quant=quant_option,
         settings=lambda w: as_options(spec(w.model).quantize.tensor_types),
         imatrix=imatrix_option,
         llama_cpp=llama_cpp_options(),
     shell:
         "{params.python} {params.script:q}"
         " --source {input.gguf:q}"
-        " --quant {wildcards.quant}"
+        " {params.quant}"
         " {params.settings}"
         " {params.imatrix}"
         " --output {output.gguf:q}"

@@ -50,6 +50,8 @@ rule measure_types:
         gguf=lambda w: ancient(quantize_source(tuned(w))),
         manifests=lambda w: [f"{file}.json" for file in compared_files(w)],
         ggufs=lambda w: ancient(compared_files(w)),
+        matrix=lambda w: [f"{file}.json" for file in compared_matrix(w)],
+        matrix_gguf=lambda w: ancient(compared_matrix(w)),
         text_identity="work/{model}/quality_text.json",
         text=lambda w: ancient(spec(w.model).quality.text),
         general_text=lambda w: spec(w.model).quality.general_text or [],
@@ -205,6 +207,7 @@ rule report_quality:
         types="work/{model}/quality.types.json",
         merges=merges_file,
         tuning=tuning_file,
+        chosen=type_file,
     output:
         report="reports/{model}.quality.json",
         picture=report(
@@ -237,6 +240,7 @@ rule report_quality:
         matrices=matrix_options,
         merges=lambda w: f"--merges={merges_file(w)}" if merges_file(w) else "",
         tuning=lambda w: f"--tuning={tuning_file(w)}" if tuning_file(w) else "",
+        chosen=lambda w: f"--chosen={type_file(w)}" if type_file(w) else "",
     shell:
         "{params.python} {params.script:q}"
         " --model {wildcards.model}"
@@ -244,6 +248,7 @@ rule report_quality:
         " {params.matrices}"
         " {params.merges}"
         " {params.tuning}"
+        " {params.chosen}"
         " --output {output.report:q}"
         " --picture {output.picture:q}"
         " --log {log:q}"
@@ -253,6 +258,7 @@ rule check_quality:
     """Hold a model's types to the limits that are set for them; its base and other merges are not built for that."""
     input:
         types="work/{model}/quality.types.json",
+        chosen=type_file,
     output:
         passed=passed_file("{model}"),
     log:
@@ -276,14 +282,14 @@ rule check_quality:
         python=interpreter,
         script=script("check_quality.py"),
         code=code_digest("check_quality.py"),
-        types=quantized_types,
+        types=judged_types,
         matrices=matrix_options,
         limits=limit_options,
     shell:
         "{params.python} {params.script:q}"
         " --model {wildcards.model}"
         " --measured {input.types:q}"
-        " --types {params.types}"
+        " {params.types}"
         " {params.matrices}"
         " {params.limits}"
         " --output {output.passed:q}"

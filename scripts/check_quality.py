@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lib.budget import read_chosen
 from lib.cli import run_script, script_parser
 from lib.console import say
 from lib.jsonfile import read_json, write_json
@@ -42,7 +43,9 @@ def main() -> None:
     parser = script_parser(__doc__, threads=False)
     parser.add_argument("--model", required=True, metavar="NAME", help="what messages call the model")
     parser.add_argument("--measured", type=Path, required=True, metavar="FILE", help="figures, of measure_types.py")
-    parser.add_argument("--types", nargs="+", required=True, metavar="TYPE", help="types that have to be within them")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--types", nargs="+", metavar="TYPE", help="types that have to be within them")
+    judged.add_argument("--chosen", type=Path, metavar="FILE", help="the type that choose_type.py wrote there")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where it is written down")
     add_matrices(parser)
     for name in LIMITS:
@@ -53,7 +56,7 @@ def main() -> None:
         check_quality(
             model=arguments.model,
             measured=arguments.measured,
-            types=arguments.types,
+            types=arguments.types or [read_chosen(arguments.chosen)],
             matrices=matrices_from(arguments),
             limits=limits,
             output=arguments.output,

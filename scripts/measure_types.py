@@ -13,6 +13,7 @@ from lib.calibration import identify_text
 from lib.cli import UsageError, run_script, script_parser
 from lib.code import code_digest
 from lib.console import say
+from lib.imatrix import identify_imatrix
 from lib.jsonfile import read_json, write_json
 from lib.llama_cpp import add_llama_cpp_options, llama_cpp_from, llama_cpp_words
 from lib.manifest import read_file_manifest
@@ -21,7 +22,7 @@ from lib.outputs import scratch_beside
 from lib.perplexity import Evaluator
 from lib.process import run_program
 from lib.quality_report import GENERAL, VARIANTS
-from lib.quant_types import QUANTIZED_TYPES
+from lib.quant_types import IGNORE_IMATRIX, QUANTIZED_TYPES
 from lib.tensor_types import TensorTypes
 from lib.typed import build, plain
 
@@ -56,11 +57,13 @@ class Recipe:
 
     Attributes:
         tensor_types: as those of the model's own types.
+        imatrix: the model's importance matrix, which its own types are made with.
         general_text: what the matrix of the variant `general` is computed from, and by how many chunks.
         llama_cpp: options that name it.
     """
 
     tensor_types: TensorTypes
+    imatrix: Path | None
     general_text: Path | None
     general_chunks: int
     llama_cpp: Sequence[str]
@@ -70,6 +73,8 @@ class Recipe:
         made: dict[str, Any] = {"settings": plain(self.tensor_types), "code": code_digest("quantize_gguf.py")}
         if candidate.variant == GENERAL and self.general_text:
             made |= {"text": identify_text(self.general_text), "chunks": self.general_chunks}
+        elif self._matrix(candidate):
+            made |= {"imatrix": identify_imatrix(self._matrix(candidate))}
         return made
 
     def make(self, candidate: Candidate, reference: Path, folder: Path) -> Path:
@@ -84,9 +89,15 @@ class Recipe:
         if candidate.variant == GENERAL and not matrix.exists():
             words = [f"--text={self.general_text}", f"--chunks={self.general_chunks}", f"--output={matrix}"]
             _run("compute_imatrix.py", *shared, *words)
-        words = [f"--imatrix={matrix}"] if candidate.variant == GENERAL else []
+        own = matrix if candidate.variant == GENERAL else self._matrix(candidate)
+        words = [f"--imatrix={own}"] if own else []
         _run("quantize_gguf.py", *shared, f"--quant={candidate.quant}", f"--output={made}", *words, *self._settings())
         return made
+
+    def _matrix(self, candidate: Candidate) -> Path | None:
+        """The model's own matrix, for a type that is as the model's own would be."""
+        ignored = IGNORE_IMATRIX.issuperset([candidate.quant, *self.tensor_types.tensor_type.values()])
+        return None if candidate.variant or ignored else self.imatrix
 
     def _settings(self) -> list[str]:
         return list(option_words(self.tensor_types))
@@ -191,13 +202,13 @@ def _run(script: str, *words: str) -> None:
 
 
 def _candidates(words: Sequence[str]) -> list[Candidate]:
-    """TYPE=FILE, or TYPE and a variant alone, as in q4_k_m-plain."""
+    """TYPE=FILE, or TYPE alone or with a variant, as in q4_k_m-plain."""
     found = []
     for word in words:
         name, _, path = word.partition("=")
         quant, dash, rest = name.partition("-")
-        if quant not in QUANTIZED_TYPES or dash + rest not in VARIANTS or bool(path) == bool(rest):
-            raise UsageError(f"--types {word}: expected TYPE=FILE, TYPE-plain or TYPE-general")
+        if quant not in QUANTIZED_TYPES or dash + rest not in VARIANTS or (path and rest):
+            raise UsageError(f"--types {word}: expected TYPE=FILE, TYPE, TYPE-plain or TYPE-general")
         found.append(Candidate(quant, dash + rest, Path(path) if path else None))
     return found
 
@@ -209,6 +220,7 @@ def _work(arguments: argparse.Namespace) -> None:
     llama_cpp = llama_cpp_from(arguments, tools=("llama-perplexity", "llama-quantize"))
     recipe = Recipe(
         tensor_types=build(TensorTypes, settings_from(arguments, "quantize")),
+        imatrix=arguments.imatrix,
         general_text=arguments.general_text and Path(arguments.general_text),
         general_chunks=arguments.general_chunks,
         llama_cpp=[f"--threads={arguments.threads}", *llama_cpp_words(arguments)],
@@ -234,15 +246,16 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="TYPE=FILE",
-        help="what is compared with it; TYPE-plain and TYPE-general are made, without importance matrix and with that "
-        "of the general text",
+        help="what is compared with it; TYPE alone, TYPE-plain and TYPE-general are made: as the model's own, without "
+        "importance matrix, and with that of the general text",
     )
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="the model's importance matrix, for a TYPE alone")
     parser.add_argument("--known", type=Path, required=True, metavar="DIR", help="folder of the figures of each file")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="all figures, JSON")
     for name in ("text", "chunks", "general_text", "device"):
         add_setting(parser, "quality", name, required=name == "text")
     parser.add_argument("--general-chunks", type=int, default=100, metavar="N", help="of the general text")
-    add_settings(parser, "quantize", without=("types", "path", "imatrix"))
+    add_settings(parser, "quantize", without=("types", "path", "imatrix", "budget"))
     add_llama_cpp_options(parser)
     run_script(parser, _work)
 

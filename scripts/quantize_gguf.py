@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lib.budget import read_chosen
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import check_same_tensors, count_types, put_last, read_gguf
@@ -16,7 +17,7 @@ from lib.llama_cpp import LlamaCpp, add_llama_cpp_options, llama_cpp_from
 from lib.manifest import describe_file, read_file_manifest, write_file_manifest
 from lib.outputs import finished_file, scratch_beside
 from lib.process import run_program
-from lib.quant_types import QUANTIZED_TYPES
+from lib.quant_types import IGNORE_IMATRIX, QUANTIZED_TYPES
 from lib.quantize_options import add_quantize_options, tensor_types_from
 from lib.quantized_gguf import LAST_KEYS
 from lib.tensor_types import TensorTypes, quantizer_options, refuse_unmatched
@@ -94,17 +95,23 @@ def main() -> None:
     """The command line."""
     parser = script_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="16-bit GGUF file")
-    parser.add_argument("--quant", choices=QUANTIZED_TYPES, default="q4_k_m", help="type of the quantized weights")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--quant", choices=QUANTIZED_TYPES, default="q4_k_m", help="type of the quantized weights")
+    asked.add_argument("--chosen", type=Path, metavar="FILE", help="the type that choose_type.py wrote there")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the quantized GGUF file")
     add_quantize_options(parser)
     add_llama_cpp_options(parser)
 
     def work(arguments: argparse.Namespace) -> None:
+        quant = read_chosen(arguments.chosen) if arguments.chosen else arguments.quant
+        types = tensor_types_from(arguments, quants=[quant])
+        # Of the types that may be chosen another one may make use of the matrix.
+        unused = arguments.chosen and IGNORE_IMATRIX.issuperset([quant, *types.tensor_type.values()])
         quantize_gguf(
             source=arguments.source,
-            quant=arguments.quant,
-            tensor_types=tensor_types_from(arguments, quants=[arguments.quant]),
-            imatrix=arguments.imatrix,
+            quant=quant,
+            tensor_types=types,
+            imatrix=None if unused else arguments.imatrix,
             output=arguments.output,
             llama_cpp=llama_cpp_from(arguments),
             threads=arguments.threads,

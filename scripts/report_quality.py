@@ -21,6 +21,7 @@ def report_quality(
     matrices: Matrices,
     merges: Path | None,
     tuning: Path | None,
+    chosen: Path | None,
     output: Path,
     picture: Path,
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def report_quality(
         matrices: which importance matrices these were made with.
         merges: what compare_merges.py wrote.
         tuning: what measure_tuning.py wrote.
+        chosen: what choose_type.py wrote.
 
     Returns:
         The report.
@@ -43,6 +45,7 @@ def report_quality(
         matrices=matrices,
         merges=read_json(merges) if merges else None,
         tuning=read_json(tuning) if tuning else None,
+        chosen=read_json(chosen) if chosen else None,
     )
     with finished_file(picture) as partial:
         draw(report, partial)
@@ -58,6 +61,7 @@ def _work(arguments: argparse.Namespace) -> None:
         matrices=matrices_from(arguments),
         merges=arguments.merges,
         tuning=arguments.tuning,
+        chosen=arguments.chosen,
         output=arguments.output,
         picture=arguments.picture,
     )
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--types", type=Path, required=True, metavar="FILE", help="figures, of measure_types.py")
     add_matrices(parser)
     parser.add_argument("--merges", type=Path, metavar="FILE", help="figures, of compare_merges.py")
+    parser.add_argument("--chosen", type=Path, metavar="FILE", help="the type that is built, of choose_type.py")
     parser.add_argument("--tuning", type=Path, metavar="FILE", help="figures, of measure_tuning.py")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the report, JSON")
     parser.add_argument("--picture", type=Path, required=True, metavar="FILE", help="PNG")

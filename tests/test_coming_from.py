@@ -26,6 +26,7 @@ from lib.config import as_yaml, mistakes_in, schema
 from lib.gguf_file import count_types, read_gguf
 from lib.preflight import planned_machine, preflight
 from lib.set_option import parse_settings, place_of
+from lib.sizes import cache_bytes
 from lib.spec import resolve_project
 
 TEXT = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
@@ -272,7 +273,7 @@ def test_figures_are_those_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> N
         assert cell == f"{estimate.held_bytes(shape, kind) / 1e9:.1f} GB"
     assert said["the adapter, disk"] == f"{estimate.adapter_bytes(model) / 1e9:.1f} GB"
     assert said["GGUF conversion, disk"].startswith(f"{estimate.weight_bytes(model, 'f16') / 1e9:.1f} GB;")
-    size, cache = estimate.weight_bytes(model, "q4_k_m"), estimate.cache_bytes(shape, 8192)
+    size, cache = estimate.weight_bytes(model, "q4_k_m"), cache_bytes(shape, 8192)
     assert said["running it in Ollama"].startswith(f"{size / 1e9:.1f} GB, and {cache / 1e9:.1f} GB for a context")
 
 

@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT
 
 from lib import estimate, heatmap_estimate
+from lib.sizes import CUDA_BYTES
 from lib.spec import Model, Shape, resolve_project
 
 MEASUREMENTS = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
@@ -166,7 +167,7 @@ def test_what_a_card_is_asked_for_is_the_estimate_and_cudas_own(make: Callable[.
     assert model.adapter is not None and model.adapter.train is not None
     needs = estimate.train_needs(model, hardware)
     each = estimate.training_bytes(estimate.shape_of(model), model.adapter.train, cards=2)
-    assert needs.gpu == 2 and needs.gpu_mem_mb == pytest.approx((each + estimate.CUDA_BYTES) / 1e6, abs=1)
+    assert needs.gpu == 2 and needs.gpu_mem_mb == pytest.approx((each + CUDA_BYTES) / 1e6, abs=1)
     plain = estimate.train_needs(make("32B", method="lora", precision="bf16"), hardware)
     assert plain.gpu == 2 and plain.gpu_mem_mb > 24 * 1074
 

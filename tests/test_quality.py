@@ -304,7 +304,8 @@ def test_wrong_options_are_told_plainly(tmp_path: Path) -> None:
     command += ["--known=known", "--output=o.json", "--types"]
     for words, status, told in (
         (["q8_0=some.gguf"], 1, "none.gguf.json is missing"),
-        (["q4_k_m"], 2, "--types q4_k_m: expected TYPE=FILE, TYPE-plain or TYPE-general"),
+        (["q4_k_m"], 1, "none.gguf.json is missing"),
+        (["q4_k_m-"], 2, "--types q4_k_m-: expected TYPE=FILE, TYPE, TYPE-plain or TYPE-general"),
         (["q4_k_m-plain=x"], 2, "--types q4_k_m-plain=x: expected"),
         (["q4_9=x"], 2, "--types q4_9=x: expected"),
         (["q4_k_m-general"], 2, "--general-text: name the text"),

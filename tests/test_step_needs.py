@@ -31,6 +31,16 @@ MODELS = {
     },
     "direct": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "direct"}},
     "learned": {"base": BASE, "adapter": TRAIN, "quantize": {"path": "staged", "imatrix": {"text": "training"}}},
+    "judged": {
+        "base": BASE,
+        "adapter": {"train": {**TRAIN["train"], "eval_fraction": 0.5}},
+        "quality": {"text": "read.txt", "base_weights": True, "max_kld": 1},
+    },
+    "chosen": {
+        "base": BASE,
+        "quantize": {"types": "auto", "budget": {"file": 1}},
+        "quality": {"text": "read.txt", "max_kld": 1},
+    },
     "taken": {"base": BASE, "adapter": {"path": "given"}, "quantize": {"types": ["f16"]}},
 }
 BACKBONE = {"model_type": "vit", "hidden_size": 96, "num_hidden_layers": 2, "patch_size": 8}
@@ -47,7 +57,8 @@ TARGETS = [
     "models/staged.Modelfile", "models/staged.base.q4_k_m.gguf", "models/staged.q8_0.Modelfile",
     "models/staged.adapter.gguf", "ollama/staged.json", "reports/staged.smoke.json", "reports/staged.rag.json",
     "models/direct.Modelfile", "models/direct.q4_k_m.gguf", "models/direct.q8_0.gguf", "models/taken.Modelfile",
-    "models/learned.Modelfile",
+    "models/learned.Modelfile", "reports/judged.quality.json", "work/judged/quality.json", "models/chosen.Modelfile",
+    "work/chosen/quality.json",
     "models/drawn.onnx", "reports/drawn.eval.json", "models/filmed.onnx", "reports/filmed.eval.json",
 ]  # fmt: skip
 
@@ -86,14 +97,15 @@ def test_needs_are_those_of_the_rules(workplace: Path) -> None:
         "convert_adapter", "merge_adapter", "convert_gguf", "check_calibration", "compute_imatrix", "quantize_gguf",
         "build_direct", "render_modelfile", "check_questions", "smoke_test", "check_documents",
         "answer_from_documents", "register_model", "make_clips", "check_clips", "train_heatmap", "merge_heatmap",
-        "export_onnx", "evaluate_heatmap", "render_data",
+        "export_onnx", "evaluate_heatmap", "render_data", "check_quality_text", "measure_types", "measure_tuning",
+        "compare_merges", "report_quality", "check_quality", "choose_type",
     }  # fmt: skip
 
 
 def test_planned_steps_are_those_of_all(workplace: Path) -> None:
     project = read_project([Path("config.yaml")], {})
     paths = QuantizePaths(project, [])
-    done = run_snakemake(workplace, "-n", *(f"models/{name}.Modelfile" for name in MODELS))
+    done = run_snakemake(workplace, "-n", "all")
     planned = re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr)
     for name, model in project.models.items():
         steps = {step for owner, step in planned if owner in (name, "")}

@@ -169,6 +169,8 @@ def test_what_can_be_made_is_no_wrong_target(file: str, project: Project) -> Non
         ("models/tuned.q4km.gguf.json", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
         ("models/tuned.base.q5km.gguf", ["unknown type 'q5km'", "did you mean 'q5_k_m'?"]),
         ("models/tuned.q4km.Modelfile", ["unknown type 'q4km'", "did you mean 'q4_k_m'?"]),
+        ("models/tuned.auto.gguf", ["auto is a type only where models.tuned.quantize.types is auto"]),
+        ("models/tuned.auto.Modelfile", ["auto is a type only where"]),
         ("models/tuned.iq2_xs.gguf", ["iq2_xs needs an importance matrix; set models.tuned.quantize.imatrix.text"]),
         ("models/tuned.base.iq2_xs.gguf.json", ["iq2_xs needs an importance matrix"]),
         ("models/tuned.imatrix.gguf", ["tuned has no importance matrix; set models.tuned.quantize.imatrix.text"]),

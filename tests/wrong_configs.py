@@ -77,7 +77,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "empty training": ("m.adapter: {train: }", "is empty; give at least 'data'", "train"),
     "empty path of an adapter": ("m.adapter: {path: }", "is empty; name a folder, or take", "m.adapter.path"),
     "empty folder of adapters": ("m.adapter: {latest_in: }", "is empty; name a folder", "m.adapter.latest_in"),
-    "empty list of types": ("m.quantize.types: []", "give at least one entry"),
+    "empty list of types": ("m.quantize.types: []", "is not of the form: auto, or a list of types, as in [q4_k_m]"),
     "empty text for a path": ("train.data: ''", "is an empty text; write"),
     "empty pattern": ("m.quantize.tensor_type: {'': q8_0}", "is an empty text; write"),
     # Types
@@ -86,7 +86,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "number with a unit": ("hardware.ram: 48GB", "without quotes or unit"),
     "exponent without a point": ("train.learning_rate: 1e-4", "as in 1.0e-4"),
     "number for a list": ("hardware.gpus: 24", "expected list, found integer 24; write it as a list, [24]"),
-    "text for a list": ("m.quantize.types: q8_0", "write it as a list, [q8_0]"),
+    "text for a list": ("m.quantize.types: q8_0", "is not of the form: auto, or a list of types, as in [q4_k_m]"),
     "text for a list of stops": (
         "m.ollama.parameters: {stop: END}",
         "write it as a list, [END]",
@@ -409,6 +409,63 @@ TABLE: dict[str, tuple[str, ...]] = {
         "m.quality.base_weights",
     ),
     "share in percent": ("m.quality: {text: read.txt, min_top1: 95}", "95", "m.quality.min_top1"),
+    "judged by training data": ("m.quality: {text: training}", "there is no file training", "m.quality.text"),
+    "pure type to compare": (
+        "m.quality: {text: read.txt, types: [q5_0, iq2_xs]}\n"
+        "m.quantize: {types: [q8_0], pure: true, imatrix: {text: training}}",
+        "iq2_xs",
+        "m.quality.types",
+    ),
+    "best type without a budget": (
+        "m.quantize.types: auto\nm.quality: {text: read.txt}",
+        "is missing; models.m.quantize.types: auto takes the best type that fits it",
+        "m.quantize.budget",
+    ),
+    "best type without a text": (
+        "m.quantize: {types: auto, budget: {file: 1}}",
+        "is missing; models.m.quantize.types: auto measures the types on it",
+        "m.quality.text",
+    ),
+    "best type beside others": (
+        "m.quantize: {types: [auto, q8_0], budget: {file: 1}}\nm.quality: {text: read.txt}",
+        "auto stands alone; name the others in quality.types to have them measured",
+        "m.quantize.types",
+    ),
+    "best type made directly": (
+        "m.quantize: {types: auto, budget: {file: 1}, path: direct}\nm.quality: {text: read.txt}",
+        "direct makes no 16-bit file, with which auto compares; set auto or staged",
+        "m.quantize.path",
+    ),
+    "best type by another word": (
+        "m.quantize.types: best",
+        "auto, or a list of types, as in [q4_k_m]",
+        "m.quantize.types",
+    ),
+    "budget without a use": (
+        "m.quantize: {types: [q8_0], budget: {file: 1}}",
+        "has no use with types that are named; set models.m.quantize.types: auto, or take it out",
+        "m.quantize.budget",
+    ),
+    "two budgets": (
+        "m.quantize: {types: auto, budget: {file: 1, gpu_memory: 2}}\nm.quality: {text: read.txt}",
+        "exactly one of",
+        "m.quantize.budget",
+    ),
+    "budget for nothing": (
+        "m.quantize: {types: auto, budget: {file: 0}}\nm.quality: {text: read.txt}",
+        "0",
+        "m.quantize.budget.file",
+    ),
+    "budget that nothing fits": (
+        "m.quantize: {types: auto, budget: {file: 0.00001}}\nm.quality: {text: read.txt}",
+        "no type fits 1e-05 GiB of file: q2_k, the smallest, comes to about",
+        "m.quantize.budget",
+    ),
+    "budget that the cache alone fills": (
+        "m.quantize: {types: auto, budget: {gpu_memory: 0.5}}\nm.quality: {text: read.txt}",
+        "no type fits 0.5 GiB of GPU memory",
+        "m.quantize.budget",
+    ),
     "quality on a GPU that is not planned": (
         "m.quality: {text: read.txt, device: cuda}\nhardware.gpus: []",
         "cuda, but hardware.gpus plans for none; set cpu, which takes longer",

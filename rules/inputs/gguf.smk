@@ -65,5 +65,24 @@ def imatrix_option(wildcards):
     return f"--imatrix={imatrix_file(wildcards)}" if imatrix_manifest(wildcards) else ""
 
 
+def chosen_file(wildcards):
+    """What tells which type `auto` stands for."""
+    return f"work/{wildcards.model}/type.json" if wildcards.quant == AUTO else []
+
+
+def quant_option(wildcards):
+    return f"--chosen={chosen_file(wildcards)}" if chosen_file(wildcards) else f"--quant={wildcards.quant}"
+
+
+def budget_options(wildcards):
+    """What the file may take, as options of choose_type.py."""
+    model = spec(wildcards.model)
+    budget = model.quantize.budget
+    if budget.file is not None:
+        return f"--file={budget.file}"
+    cache = cache_bytes(estimate.shape_of(model), model.ollama.parameters.get("num_ctx", CONTEXT))
+    return f"--gpu-memory={budget.gpu_memory} --cache={cache}"
+
+
 def imatrix_file(wildcards):
     return f"models/{wildcards.model}{wildcards.base}.imatrix.gguf"

@@ -2,8 +2,20 @@
 
 
 def quantized_types(wildcards):
-    """The types that a model is built in, those in 16 bits left out."""
+    """The types that a model is built in, those in 16 bits and `auto` left out."""
     return [quant for quant in spec(wildcards.model).quantize.types if quant in QUANTIZED_TYPES]
+
+
+def judged_types(wildcards):
+    """The types that limits are for, as options of check_quality.py."""
+    if type_file(wildcards):
+        return f"--chosen={type_file(wildcards)}"
+    return f"--types {' '.join(quantized_types(wildcards))}"
+
+
+def type_file(wildcards):
+    """What tells which type `auto` stands for."""
+    return f"work/{wildcards.model}/type.json" if spec(wildcards.model).quantize.is_auto else []
 
 
 def matrices_of(wildcards):
@@ -32,19 +44,34 @@ def tuning_needs(wildcards):
 
 def compared_types(wildcards):
     """The types that are compared with the 16-bit file."""
-    return list(dict.fromkeys([*quantized_types(wildcards), *spec(wildcards.model).quality.types]))
+    model = spec(wildcards.model)
+    if model.quantize.is_auto:
+        return list(model.quantize.candidates)
+    return list(dict.fromkeys([*quantized_types(wildcards), *model.quality.types]))
 
 
 def compared_files(wildcards):
+    """Their files; those of which one is to be chosen are made for the comparison alone, one after the other."""
+    if spec(wildcards.model).quantize.is_auto:
+        return []
     return [f"models/{wildcards.model}.{quant}.gguf" for quant in compared_types(wildcards)]
+
+
+def compared_matrix(wildcards):
+    """The model's importance matrix, where types are made with it for the comparison."""
+    model = spec(wildcards.model)
+    made = model.quantize.is_auto and any(map(model.quantize.uses_imatrix, model.quantize.candidates))
+    return [imatrix_file(tuned(wildcards))] if made else []
 
 
 def compared_options(wildcards):
     """What is compared: these files, and those that are made for it."""
-    matrices, words = matrices_of(wildcards), ["--types"]
-    for quant, file in zip(compared_types(wildcards), compared_files(wildcards), strict=True):
-        made = [f"{quant}{variant}" for variant in matrices.variants(quant) if variant]
-        words += [f"{quant}={file}", *made]
+    types, matrices = compared_types(wildcards), matrices_of(wildcards)
+    files = dict(zip(types, compared_files(wildcards)))
+    words = [f"--imatrix={file}" for file in compared_matrix(wildcards)] + ["--types"]
+    for quant in types:
+        own = f"{quant}={files[quant]}" if files else quant
+        words += [own, *(f"{quant}{variant}" for variant in matrices.variants(quant) if variant)]
     return shlex.join(words)
 
 

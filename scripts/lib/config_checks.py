@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_search import adapter_problem
+from lib.budget import AUTO
 from lib.calibration import TRAINING, size_problem
 from lib.config import suggest
 from lib.documents import ENDINGS, document_files
@@ -37,6 +38,8 @@ def check_sections(where: str, model: Section, *, keep_intermediates: bool) -> I
             yield from check_trained_text(f"{where}.quantize.imatrix.text", model)
     if quality := model.get("quality"):
         yield from check_quality(f"{where}.quality", quality, model)
+    elif "quality" in model and AUTO in model.get("quantize", {}).get("types", ()):
+        yield f"{where}.quality.text: is missing; {where}.quantize.types: {AUTO} measures the types on it"
     for name in ("smoke", "rag"):
         if section := model.get(name):
             yield from check_questions(f"{where}.{name}", section)
@@ -122,9 +125,10 @@ def check_path(where: str, model: Section) -> Iterator[str]:
 def check_quantize(where: str, quantize: Section, *, keep_intermediates: bool) -> Iterator[str]:
     """Types that are none, that need a matrix, or that would be removed again; and the matrix's text."""
     known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
-    patterns, types = quantize["tensor_type"], quantize["types"]
+    patterns, types = quantize["tensor_type"], [name for name in quantize["types"] if name != AUTO]
     yield from (f"{where}.types: unknown type {name!r}{suggest(name, known)}" for name in types if name not in known)
-    if types[0] in SOURCE_TYPES and not keep_intermediates:
+    yield from check_auto(where, quantize)
+    if types[:1] and types[0] in SOURCE_TYPES and not keep_intermediates:
         yield (
             f"{where}.types: {types[0]}, the first, is removed after use by keep_intermediates: false; "
             "set that to true, or name a quantized type first"
@@ -134,7 +138,9 @@ def check_quantize(where: str, quantize: Section, *, keep_intermediates: bool) -
     impure = {name: problem for name in types if (problem := pure_problem(settings, name))}
     yield from (f"{where}.pure: {problem}" for problem in impure.values())
     if (imatrix := quantize["imatrix"]) is not None:
-        yield from check_calibration(f"{where}.imatrix.text", imatrix["text"])
+        # Training data are checked where they are named.
+        if imatrix["text"] != TRAINING:
+            yield from check_calibration(f"{where}.imatrix.text", imatrix["text"])
         if imatrix["from"] == "q8_0" and not IGNORE_IMATRIX.issuperset(patterns.values()):
             yield f"{where}.imatrix.from: q8_0 needs the matrix itself, by {where}.tensor_type; take f16"
         return
@@ -145,6 +151,20 @@ def check_quantize(where: str, quantize: Section, *, keep_intermediates: bool) -
         for name in names
         if name in NEED_IMATRIX
     )
+
+
+def check_auto(where: str, quantize: Section) -> Iterator[str]:
+    """Whether `auto` stands alone, has a budget, and has a 16-bit file to be measured with."""
+    if AUTO not in quantize["types"]:
+        if quantize["budget"] is not None:
+            yield f"{where}.budget: has no use with types that are named; set {where}.types: {AUTO}, or take it out"
+        return
+    if quantize["types"] != [AUTO]:
+        yield f"{where}.types: {AUTO} stands alone; name the others in quality.types to have them measured"
+    if quantize["budget"] is None:
+        yield f"{where}.budget: is missing; {where}.types: {AUTO} takes the best type that fits it"
+    if quantize["path"] == "direct":
+        yield f"{where}.path: direct makes no 16-bit file, with which {AUTO} compares; set auto or staged"
 
 
 def check_trained_text(where: str, model: Section) -> Iterator[str]:
@@ -158,9 +178,7 @@ def check_trained_text(where: str, model: Section) -> Iterator[str]:
 
 
 def check_calibration(where: str, text: str) -> Iterator[str]:
-    """Whether a text can be there for an importance matrix; training data are checked where they are named."""
-    if text == TRAINING:
-        return
+    """Whether a text can do for an importance matrix, or to be judged by."""
     missing = list(check_file(where, text))
     yield from missing
     if not missing and (problem := size_problem(Path(text))):
@@ -178,11 +196,14 @@ def check_quality(where: str, quality: Section, model: Section) -> Iterator[str]
         yield from check_calibration(f"{where}.general_text", quality["general_text"])
         if quantize and quantize["imatrix"] is None:
             yield f"{where}.general_text: has nothing to be compared with; set {matrix}, or take it out"
+    settings = build(TensorTypes, quantize) if quantize else None
     for name in quality["types"]:
         if name not in QUANTIZED_TYPES:
             yield f"{where}.types: unknown type {name!r}{suggest(name, QUANTIZED_TYPES)}"
         elif name in NEED_IMATRIX and quantize and quantize["imatrix"] is None:
             yield f"{where}.types: {name} needs an importance matrix; set {matrix}, or take a larger type"
+        elif settings and (problem := pure_problem(settings, name)):
+            yield f"{where}.types: {problem}"
     if quantize and quantize["imatrix"] and quality["text"] == quantize["imatrix"]["text"]:
         yield f"{where}.text: the importance matrix is computed from it, which would flatter the types; take another"
 

@@ -1,8 +1,9 @@
-"""What the plan settles before anything starts, in words: how adapters are trained, and what they are merged into."""
+"""What the plan settles before anything starts, in words: trainings, what adapters are merged into, types to try."""
 
 from __future__ import annotations
 
 from lib import estimate
+from lib.budget import AUTO
 from lib.heatmap_spec import HeatmapModel
 from lib.provenance import BASE_WEIGHTS
 from lib.quant_types import SOURCE_TYPES
@@ -36,6 +37,15 @@ def _heatmap_training(model: HeatmapModel) -> str:
     reason = METHOD_REASONS[train.method] if train.lora.enabled else FROZEN
     always = "" if train.method == "full" else "; decoder and head in full"
     return f"trained by {train.method} in {train.precision} on {train.device} (as configured: {reason}{always})"
+
+
+def type_decisions(project: Project) -> dict[str, str]:
+    """Which types are measured, of models whose type is the best of those that fit a budget."""
+    return {
+        name: f"{name}: {AUTO} will be the best, as measured, of {', '.join(model.quantize.candidates)} that fits"
+        for name, model in project.models.items()
+        if model.quantize.is_auto
+    }
 
 
 def merge_decisions(project: Project, paths: QuantizePaths) -> dict[str, str]:

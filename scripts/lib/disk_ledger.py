@@ -89,9 +89,11 @@ def _steps(model: Model, direct: bool, keep: bool, registered: bool) -> Iterator
         yield "merge_adapter", merged, 0, 0
         yield "convert_gguf", source, 0 if keep else merged, 0
         judged = model.quality is not None and bool(model.quality.limits)
+        if model.quantize.is_auto:
+            yield "measure_types", 0, 0, estimate.measuring_bytes(model)
         if quant != model.source_type:
-            yield "quantize_gguf", quantized, 0 if keep or judged else source, 0
-        if judged:
+            yield "quantize_gguf", quantized, 0 if keep or (judged and not model.quantize.is_auto) else source, 0
+        if judged and not model.quantize.is_auto:
             yield "measure_types", 0, 0 if keep else source, estimate.measuring_bytes(model)
     if registered:
         # Upload, the copy that the server writes, and the layer; one of them stays.

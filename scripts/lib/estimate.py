@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
+from lib.budget import AUTO
 from lib.calibration import CHUNK_TOKENS
 from lib.logits_file import logits_bytes
-from lib.quant_types import BITS_PER_WEIGHT, QUANTIZED_TYPES
+from lib.quant_types import QUANTIZED_TYPES
+from lib.sizes import CUDA_BYTES, GIB, cache_bytes, file_bytes
 from lib.spec import Hardware, Model, Shape
 from lib.token_loss import LOGITS_AT_ONCE
 from lib.train_settings import Train
 
 PYTHON_BYTES = 0.415e9  # Python with torch imported
 INTERPRETER_BYTES = 0.8e9  # Python with torch, transformers and peft imported
-CUDA_BYTES = 0.6e9  # a CUDA context with its libraries, on each card
 ADAPTER_STATE, ADAPTER_GRADIENT = 12, 4  # bytes a weight: itself and two moments, in float32; its gradient
-GIB = 1 << 30
 # Of a weight of a linear layer: NF4 with double quantization takes 4.127 bits (Dettmers et al. 2023), LLM.int8 8 and
 # two scales a row.
 LINEAR_BYTES = {"int8": 1.01, "4-bit": 0.52}
@@ -57,13 +57,8 @@ def shape_of(model: Model) -> Shape:
 
 
 def weight_bytes(model: Model, quant: str) -> float:
-    """Size of the model's weights in a type, in bytes."""
-    shape, bits = shape_of(model), BITS_PER_WEIGHT[quant]
-    # Types with blocks of 256 weights: rows that do not fill them fall back, Q4_K to Q5_0, Q6_K to Q8_0, small
-    # ones to IQ4_NL.
-    if shape.hidden_size % 256 and ("k" in quant or quant.startswith(("iq", "tq"))) and quant != "iq4_nl":
-        bits = min(8.5, max(5.5, 1.35 * bits))
-    return shape.parameters * bits / 8
+    """Size of the model's weights in a type, in bytes; of `auto` in the largest that may be chosen."""
+    return file_bytes(shape_of(model), model.quantize.candidates[0] if quant == AUTO else quant)
 
 
 def lora_parameters(shape: Shape, rank: int) -> int:
@@ -96,12 +91,6 @@ def held_bytes(shape: Shape, kind: str) -> int:
         return round(shape.parameters * {"fp32": 4, "fp16": 2}[kind])
     embeddings = shape.embedding * (1 if shape.tie_word_embeddings else 2)
     return round(2 * embeddings + (shape.parameters - embeddings) * LINEAR_BYTES[kind])
-
-
-def cache_bytes(shape: Shape, tokens: int) -> int:
-    """Keys and values of a context in 16 bits, as llama.cpp and Ollama keep them."""
-    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    return 2 * 2 * tokens * shape.num_hidden_layers * shape.num_key_value_heads * head
 
 
 def fetch_needs(model: Model) -> Needs:
@@ -242,9 +231,9 @@ def measuring_bytes(model: Model) -> int:
     """Disk that comparing types takes meanwhile: what the 16-bit file says of each token, and the largest type made."""
     if model.quality is None:
         return 0
-    weighed = [weight_bytes(model, quant) for quant in _measured(model) if model.quantize.uses_imatrix(quant)]
+    made = [quant for quant in _measured(model) if model.quantize.is_auto or model.quantize.uses_imatrix(quant)]
     logits = logits_bytes(vocabulary=shape_of(model).vocab_size, chunks=model.quality.chunks)
-    return round(logits + max(weighed, default=0))
+    return round(logits + max((weight_bytes(model, quant) for quant in made), default=0))
 
 
 def measure_needs(model: Model, hardware: Hardware) -> Needs:
@@ -260,6 +249,7 @@ def measure_needs(model: Model, hardware: Hardware) -> Needs:
     held = 0.5e9 + CHUNK_TOKENS * token + cache_bytes(shape, CHUNK_TOKENS)
     made = sum(model.quantize.uses_imatrix(quant) for quant in types) * (2 if quality.general_text else 1)
     products = (1 + len(types) + made) * shape.parameters * CHUNK_TOKENS * quality.chunks
+    made += len(model.quantize.candidates)
     seconds = products / (IMATRIX_PRODUCTS * THREADS) + made * 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
     size, disk = weight_bytes(model, "f16"), in_mb(measuring_bytes(model))
     if quality.device == "cuda":
@@ -305,6 +295,8 @@ def compare_merges_needs(model: Model, hardware: Hardware) -> Needs:
 
 def _measured(model: Model) -> list[str]:
     """The types that are compared with the 16-bit file."""
+    if model.quantize.is_auto:
+        return list(model.quantize.candidates)
     more = model.quality.types if model.quality else ()
     return [quant for quant in dict.fromkeys([*model.quantize.types, *more]) if quant in QUANTIZED_TYPES]
 

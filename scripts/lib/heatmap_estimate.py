@@ -16,7 +16,6 @@ from typing import Any
 from lib.estimate import (
     ADAPTER_GRADIENT,
     ADAPTER_STATE,
-    CUDA_BYTES,
     DOWNLOAD_BYTES,
     INTERPRETER_BYTES,
     LINEAR_BYTES,
@@ -28,6 +27,7 @@ from lib.estimate import (
 )
 from lib.heatmap_settings import PREFETCHED, READERS, Heatmap
 from lib.heatmap_spec import FPN, HeatmapModel
+from lib.sizes import CUDA_BYTES
 
 TRAINED = ADAPTER_STATE + ADAPTER_GRADIENT
 FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}

@@ -13,12 +13,12 @@ from lib.estimate import Needs
 from lib.heatmap_spec import HeatmapModel
 from lib.machine import GIB, Card, Machine
 from lib.quantize_path import QuantizedFile, QuantizePaths
+from lib.sizes import CONTEXT, CUDA_BYTES, cache_bytes
 from lib.software import Software, architecture_of
 from lib.spec import Hardware, Model, Project
 from lib.step_needs import SMALL, heatmap_steps, needs_of, planned_steps, read_step
 
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
-CONTEXT = 4096  # Ollama's own num_ctx
 RUN = "ollama run"
 REGISTER = "register_model"
 LLAMA_CPP = "build_llama_cpp"  # once for all models
@@ -177,13 +177,13 @@ def _steps(model: Model, project: Project, threads: int, *, direct: bool) -> Ite
 def _run_needs(model: Model, machine: Machine) -> Needs:
     """The file and the keys and values of a context: on the machine's cards if they hold them, else in RAM."""
     context = model.ollama.parameters.get("num_ctx", CONTEXT)
-    cache = estimate.cache_bytes(estimate.shape_of(model), context)
+    cache = cache_bytes(estimate.shape_of(model), context)
     size = estimate.weight_bytes(model, model.default_quant) + cache
-    card = min((card.memory for card in machine.cards), default=0) - estimate.CUDA_BYTES
+    card = min((card.memory for card in machine.cards), default=0) - CUDA_BYTES
     if card <= 0 or size > card * len(machine.cards):
         return Needs(math.ceil(size / 1e6) + 500, disk_mb=0, runtime=0)
     count = math.ceil(size / card)
-    each = math.ceil((size / count + estimate.CUDA_BYTES) / 1e6)
+    each = math.ceil((size / count + CUDA_BYTES) / 1e6)
     return Needs(1000, disk_mb=0, runtime=0, gpu=count, gpu_mem_mb=each)
 
 

@@ -76,6 +76,7 @@ def compose(
     matrices: Matrices,
     merges: Mapping[str, Any] | None,
     tuning: Mapping[str, Any] | None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     The report.
@@ -86,6 +87,7 @@ def compose(
         matrices: which importance matrices the types were made with.
         merges: what compare_merges.py found; None where that was not asked for.
         tuning: what measure_tuning.py found; None where no training data are held out.
+        chosen: what choose_type.py wrote; None where the types are named.
     """
     reference = types["reference"]
     report = {
@@ -97,6 +99,7 @@ def compose(
         "types": describe_types(types, matrices),
         "base_weights": None,
         "tuning": None,
+        "chosen": chosen and {"type": chosen["type"], "budget": chosen["budget"]},
     }
     if merges:
         each = {weights: {key: merges[weights][key] for key in FIGURES} for weights in BASE_WEIGHTS}
@@ -126,7 +129,15 @@ def write_table(report: Mapping[str, Any]) -> str:
         f"{row['mean_kld']:.5f} | {row['kld_999']:.3f} | {row['top1']:.2%} |"
         for row in report["types"]
     ]
-    return "\n".join([*lines, *("\n" + line for line in (*describe_tuning(report), *describe_merges(report)))])
+    return "\n".join([*lines, *("\n" + line for line in describe_rest(report))])
+
+
+def describe_rest(report: Mapping[str, Any]) -> Iterator[str]:
+    """What the report says beside its table, in sentences."""
+    if chosen := report["chosen"]:
+        yield f"Built as auto: {chosen['type']}, the nearest to the 16-bit file of what fits {chosen['budget']}."
+    yield from describe_tuning(report)
+    yield from describe_merges(report)
 
 
 def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:

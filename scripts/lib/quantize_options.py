@@ -16,7 +16,7 @@ from lib.typed import build
 def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     """Add the importance matrix, and the types of single tensors."""
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, by compute_imatrix.py")
-    add_settings(parser, "quantize", without=("types", "path", "imatrix"))
+    add_settings(parser, "quantize", without=("types", "path", "imatrix", "budget"))
 
 
 def tensor_types_from(arguments: argparse.Namespace, *, quants: Iterable[str]) -> TensorTypes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lib.budget import AUTO
 from lib.manifest import FOLDER_KEYS, NAME, ManifestError, read_file_manifest, read_manifest
 from lib.origin import PLACES, read_chain
 from lib.quant_types import QUANTIZED_TYPES, SOURCE_TYPES
@@ -148,7 +149,7 @@ class QuantizePaths:
         if model.quantize.path != "auto":
             return model.quantize.path == "direct"
         shape = model.base.shape
-        if model.default_quant in SOURCE_TYPES or (shape and shape.num_experts):
+        if model.default_quant in (*SOURCE_TYPES, AUTO) or (shape and shape.num_experts):
             return False
         sources = [f"models/{name}{base}.{kind}" for kind in SOURCE_TYPES]
         copies = [f"{source}{ending}" for source in sources for ending in (".gguf", ".gguf.json")]

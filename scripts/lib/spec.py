@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.adapter_search import AdapterError, latest_adapter
+from lib.budget import AUTO, LADDER, Budget, candidates
 from lib.calibration import TRAINING
 from lib.checkpoint import rename_experts
 from lib.config import Place, as_plain, config_error, definition, find_mistakes, schema, without_mistakes
@@ -28,8 +29,9 @@ from lib.config_checks import (
 )
 from lib.heatmap_spec import HeatmapModel, resolve_heatmap
 from lib.jsonfile import read_json
-from lib.quant_types import IGNORE_IMATRIX, source_type
-from lib.tensor_types import TensorTypes
+from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX, source_type
+from lib.sizes import CONTEXT, GIB, cache_bytes, file_bytes
+from lib.tensor_types import TensorTypes, pure_problem
 from lib.train_method import MethodError, resolve_method
 from lib.train_settings import Train
 from lib.typed import build
@@ -142,10 +144,20 @@ class Quantize(TensorTypes):
     types: tuple[str, ...]
     path: str
     imatrix: Imatrix | None
+    budget: Budget | None
+    candidates: tuple[str, ...] = field(
+        default=(), metadata={"setting": False}
+    )  # of which AUTO is one, large ones first
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the type is chosen by what is measured."""
+        return self.types == (AUTO,)
 
     def uses_imatrix(self, quant: str) -> bool:
         """Whether a matrix is configured, and any tensor of a file of that type makes use of it."""
-        return self.imatrix is not None and not IGNORE_IMATRIX.issuperset([quant, *self.tensor_type.values()])
+        types = self.candidates if quant == AUTO else [quant]
+        return self.imatrix is not None and not IGNORE_IMATRIX.issuperset([*types, *self.tensor_type.values()])
 
     def imatrix_source(self, *, directly: bool) -> str:
         """The type of the file that computes the matrix: f16, which stands for the 16-bit one, or q8_0."""
@@ -318,11 +330,15 @@ def _resolve(config: dict[str, Any], plain: dict[str, Any], broken: Collection[P
             yield from _find_adapter(f"{where}.adapter", model["adapter"], copies)
         if {"base", "adapter"} <= together.keys():
             yield from _resolve_training(f"{where}.adapter.train", model, hardware)
+        if "quantize" in model and model["quantize"]["types"] == AUTO:
+            model["quantize"]["types"] = [AUTO]
         yield from check_sections(where, model, keep_intermediates=config.get("keep_intermediates", True))
         if {"merge", "adapter"} <= together.keys():
             yield from check_merge(f"{where}.merge", model, hardware)
         if {"quantize", "base"} <= together.keys():
             yield from check_path(f"{where}.quantize", model)
+        if {"quantize", "base", "quality", "ollama"} <= together.keys():
+            yield from _resolve_types(f"{where}.quantize", model)
         if model.get("quality") and "llama_cpp" in config:
             yield from _resolve_quality(f"{where}.quality", model["quality"], config["llama_cpp"], hardware)
     yield from check_sources(config["models"])
@@ -373,6 +389,26 @@ def _resolve_training(where: str, model: dict[str, Any], hardware: dict[str, Any
         resolve_method(train, parameters=build(Shape, shape).parameters, gpus=hardware["gpus"])
     except MethodError as error:
         yield from (f"{where}: {line}" for line in str(error).splitlines())
+
+
+def _resolve_types(where: str, model: dict[str, Any]) -> Iterator[str]:
+    """Settle which types are measured, where the best that fits is taken."""
+    quantize, shape = model["quantize"], model["base"]["shape"]
+    if quantize["types"] != [AUTO] or quantize["budget"] is None or not model["quality"] or shape is None:
+        return
+    built = build(Shape, shape)
+    settings = build(TensorTypes, quantize)
+    types = [quant for quant in LADDER if quantize["imatrix"] or quant not in NEED_IMATRIX]
+    types = model["quality"]["types"] or [quant for quant in types if not pure_problem(settings, quant)]
+    budget = build(Budget, quantize["budget"])
+    cache = cache_bytes(built, model["ollama"]["parameters"].get("num_ctx", CONTEXT))
+    quantize["candidates"] = candidates(built, budget.room(cache), types)
+    if not quantize["candidates"] and set(types) <= BITS_PER_WEIGHT.keys():
+        least = min(types, key=lambda quant: file_bytes(built, quant))
+        yield (
+            f"{where}.budget: no type fits {budget.describe(cache)}: {least}, the smallest, comes to about "
+            f"{file_bytes(built, least) / GIB:.2f} GiB; raise it, or name smaller types in quality.types"
+        )
 
 
 def _resolve_quality(

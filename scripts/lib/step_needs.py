@@ -20,6 +20,7 @@ SMALL = (
     "check_calibration",
     "check_quality_text",
     "report_quality",
+    "choose_type",
     "check_quality",
 )
 BASE = ".base"
@@ -124,15 +125,17 @@ def artifacts_of(step: Step, name: str) -> Sequence[Path]:
 def planned_steps(model: Model, *, direct: bool) -> list[str]:
     """The steps of `all` for a model, in their order, by the names of their logs."""
     quant, steps = model.default_quant, ["build_llama_cpp", "fetch_base", "check_base"]
+    measured = ["check_quality_text", "measure_types"]
     if model.adapter:
         steps += ["check_data", "train_adapter"] if model.adapter.train else ["import_adapter"]
     if direct and quant != model.source_type:
         steps += [f"build_direct.{quant}"]
     else:
         steps += ["merge_adapter", f"convert_gguf.{model.source_type}"]
+        steps += [*measured, "choose_type"] if model.quantize.is_auto else []
         steps += [f"quantize_gguf.{quant}"] if quant != model.source_type else []
     if model.quality and model.quality.limits:
-        steps += ["check_quality_text", "measure_types", "check_quality"]
+        steps += [step for step in (*measured, "check_quality") if step not in steps]
     return [*steps, "render_modelfile"]
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from lib.budget import AUTO
 from lib.config import suggest
 from lib.documents import document_files
 from lib.quant_types import BUILDABLE_TYPES, NEED_IMATRIX, QUANTIZED_TYPES, SOURCE_TYPES
@@ -60,8 +61,8 @@ def model_names(project: Project, names: Collection[str] | None = None, *, witho
     """
     A regular expression for the language models' names, or some of them, in paths of files that can be made.
 
-    A type that needs an importance matrix can be made of models that have one alone; no constraint of the type's
-    own wildcard can say so, but one of the name's, which looks ahead.
+    A type that needs an importance matrix can be made of models that have one alone, and `auto` of those whose types
+    are that; no constraint of the type's own wildcard can say so, but one of the name's, which looks ahead.
 
     Args:
         project: the resolved config.
@@ -69,8 +70,12 @@ def model_names(project: Project, names: Collection[str] | None = None, *, witho
         without: regular expressions for files of these that are left out, from the name on.
     """
     plain = [name for name, model in project.models.items() if model.quantize.imatrix is None]
-    impossible = rf"({'|'.join(plain) or '(?!)'})(\.base)?\.({'|'.join(sorted(NEED_IMATRIX))})\."
-    return rf"(?!{'|'.join([impossible, *without])})({'|'.join(project.models if names is None else names) or '(?!)'})"
+    named = [name for name, model in project.models.items() if not model.quantize.is_auto]
+    impossible = [
+        rf"({'|'.join(names) or '(?!)'})(\.base)?\.({'|'.join(types)})\."
+        for names, types in ((plain, sorted(NEED_IMATRIX)), (named, [AUTO]))
+    ]
+    return rf"(?!{'|'.join([*impossible, *without])})({'|'.join(project.models if names is None else names) or '(?!)'})"
 
 
 def wrong_targets(project: Project) -> str:
@@ -89,6 +94,7 @@ def wrong_targets(project: Project) -> str:
     )
     heatmaps = "|".join(project.heatmaps) or "(?!)"
     held_out = "|".join(evaluated(project)) or "(?!)"
+    chosen = "|".join(name for name, model in project.models.items() if model.quantize.is_auto) or "(?!)"
     types, low_types = "|".join([*SOURCE_TYPES, *BUILDABLE_TYPES]), "|".join(sorted(NEED_IMATRIX))
     made = [
         rf"bases/({every})(/MANIFEST\.json)?",
@@ -100,6 +106,9 @@ def wrong_targets(project: Project) -> str:
         rf"reports/({adapted})\{ADAPTER}\.chat\.json",
         rf"reports/({every})(\.({types}))?\.chat\.json",
         rf"models/({calibrated})(\.base)?\.({low_types}|imatrix)\.gguf(\.json)?",
+        rf"models/({chosen})(\.base)?\.{AUTO}\.gguf(\.json)?",
+        rf"models/({chosen})\.{AUTO}\.Modelfile",
+        rf"reports/({chosen})\.{AUTO}\.chat\.json",
         rf"models/({calibrated})\.({low_types})\.Modelfile",
         rf"reports/({calibrated})\.({low_types})\.chat\.json",
         rf"reports/({trained})\.training\.(json|png)",
@@ -125,7 +134,7 @@ def _users_files(model: Model) -> Iterator[str]:
     """Patterns of what the user put there; in the form that Snakemake gives to paths."""
     train = model.adapter and model.adapter.train
     imatrix = model.quantize.imatrix
-    files = [model.base.gguf, train and train.data, model.smoke and model.smoke.questions]
+    files = [model.base.gguf, train and train.data, train and train.eval_data, model.smoke and model.smoke.questions]
     files += [imatrix.text] if imatrix and not imatrix.of_training else []
     files += [model.quality.text, model.quality.general_text] if model.quality else []
     files += [model.rag.questions, *map(str, document_files(Path(model.rag.documents)))] if model.rag else []
@@ -192,6 +201,8 @@ def _explain_of_heatmap(folder: str, rest: str, model: str) -> str:
 
 def _explain_type(quant: str, model: str) -> str:
     known = [*SOURCE_TYPES, *QUANTIZED_TYPES]
+    if quant == AUTO:
+        return f"{AUTO} is a type only where models.{model}.quantize.types is {AUTO}"
     if quant in NEED_IMATRIX:
         return f"{quant} needs an importance matrix; set models.{model}.quantize.imatrix.text"
     if quant == "imatrix":
