@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 # What takes minutes, the longest first: begun last, one of these would leave the other cores idle.
-LONGEST = ("crashes", "slurm", "build_direct", "heatmap_chain", "coming_from", "faults", "import_adapter")
+LONGEST = ("build_direct", "coming_from", "crashes", "heatmap_chain", "slurm", "faults", "import_adapter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
