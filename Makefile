@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/python -m snakemake
 # A process a core, of some 2 GB each; the tests of a file share what they build, and stay together.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadgroup
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 TRACKNET := models/tracknet-demo.onnx reports/tracknet-demo.eval.json
 DEMO := models/demo.Modelfile models/demo.q4_k_m.gguf reports/demo.smoke.json reports/demo.rag.json
 

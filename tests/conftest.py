@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -24,13 +26,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts pytest in the background lets it ignore SIGINT, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
+# What takes minutes, the longest first: begun last, one of these would leave the other cores idle.
+LONGEST = ("build_direct", "coming_from", "crashes", "heatmap_chain", "slurm", "faults", "import_adapter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process when the tests run in several: a file, and everything that needs the one GPU."""
-    for item in items:
-        group = "gpu" if item.get_closest_marker("gpu") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    begun = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: begun.get(item.path.stem, len(begun)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """
+    What runs in one process when the tests run in several: a file, and all files about the one GPU.
+
+    pytest-xdist's own groups (`--dist loadgroup`) are void under pytest 9.2 (its issue 1386): every test went to
+    whichever process was free, and what the tests of a file share was built in each.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "gpu" if "/test_gpu_" in file else file
+
+    config.option.loadscopereorder = False  # the order of LONGEST, not by numbers of tests
+    return Files(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +66,21 @@ def llama_cpp() -> LlamaCpp:
         threads=usable_cores(),
         tools=(*TOOLS, "llama-imatrix", "llama-perplexity", "llama-tokenize"),
     )
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of the processes makes, in which pytest runs the tests, and that all of them use."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / f"made-once-{name}"
+    with folder.with_name(f"{folder.name}.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process in which it failed
+            folder.mkdir()
+            make(folder)
+            lock.write("made")
+    return folder
 
 
 def run_snakemake(
@@ -101,7 +137,7 @@ def write_project(folder: Path, *, base: Path, **changes: object) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base checkpoint."""
-    return tiny.write_tiny_base(tmp_path_factory.mktemp("base") / "tiny-llama")
+    return made_once(tmp_path_factory, "base", lambda place: tiny.write_tiny_base(place / "tiny-llama")) / "tiny-llama"
 
 
 @pytest.fixture
@@ -117,12 +153,14 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, llama_cpp: 
 
     Tests copy it with `copy_built`; none changes it.
     """
-    place = tmp_path_factory.mktemp("built")
-    folder = write_project(place / "project", base=tiny_base)
-    checkout = copy_checkout(place / "checkout")
-    done = run_snakemake(folder, "-j1", "all", "reports/tiny.smoke.json", checkout=checkout)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(place: Path) -> None:
+        folder = write_project(place / "project", base=tiny_base)
+        checkout = copy_checkout(place / "checkout")
+        done = run_snakemake(folder, "-j1", "all", "reports/tiny.smoke.json", checkout=checkout)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "built", make) / "project"
 
 
 def copy_built(built: Path, target: Path) -> tuple[Path, Path]:

@@ -16,8 +16,20 @@ from conftest import ROOT
 FOLDER = Path(os.environ.get("MODELMILL_SLURM", "/run/modelmill-slurm"))
 # CI sets this, lest the tests be skipped there without anybody's noticing.
 REQUIRED = "MODELMILL_REQUIRE_SLURM"
-# The plugin looks at a job after some seconds, and then ten seconds later each time.
-PATIENCE = ("--slurm-status-command=squeue", "--slurm-init-seconds-before-status-checks=10")
+OPTIONS = ("--slurm-status-command=squeue", "--slurm-init-seconds-before-status-checks=1")
+# The plugin waits ten seconds longer before each look at its jobs, after a failed job too; here Snakemake looks every
+# second.
+IMPATIENT = """
+import asyncio
+from snakemake.cli import main
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+
+async def sleep(self):
+    await asyncio.sleep(1)
+
+RemoteExecutor.sleep = sleep
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Cluster:
             output: file that takes all it writes.
             environment: variables added to those of the cluster's users.
         """
-        command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, *PATIENCE]
+        command = [sys.executable, "-c", IMPATIENT, "-s", ROOT / "Snakefile", "--directory", folder, *OPTIONS]
         command += ["--workflow-profile", ROOT / "profiles/slurm", *arguments]
         with output.open("wb") as file:
             return subprocess.Popen(

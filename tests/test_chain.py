@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_snakemake, write_project
+from conftest import ROOT, copy_built, run_snakemake, write_project
 from test_modelfile import read
 
 from lib.gguf_file import count_types, read_gguf
@@ -53,8 +53,9 @@ def manifest_folder(built: Path, name: str) -> Path:
     return Path(re.search(r"path: (.*)", (built / "config.yaml").read_text())[1])
 
 
-def test_a_second_run_does_nothing(built: Path) -> None:
-    done = run_snakemake(built, "-j1", "all", "reports/tiny.smoke.json", checkout=built.parent / "checkout")
+def test_a_second_run_does_nothing(built: Path, tmp_path: Path) -> None:
+    folder, checkout = copy_built(built, tmp_path / "again")  # lest other processes copy Snakemake's lock
+    done = run_snakemake(folder, "-j1", "all", "reports/tiny.smoke.json", checkout=checkout)
     assert done.returncode == 0
     assert "Nothing to be done" in done.stderr
 

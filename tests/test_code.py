@@ -28,6 +28,7 @@ def forget() -> None:
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(code, "SCRIPTS", tmp_path)
+    monkeypatch.setenv("MODELMILL_CACHE", str(tmp_path / "cache"))
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -104,6 +105,39 @@ def test_the_place_of_the_scripts_does_not_count(tree: Path, monkeypatch: pytest
     before = digests()
     monkeypatch.setattr(code, "SCRIPTS", tree.rename(tree.with_name("moved")))
     assert digests() == before
+
+
+def kept(tree: Path) -> list[Path]:
+    return list((tree / "cache").glob("code/*.json"))
+
+
+def test_what_is_remembered_is_not_parsed_again(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests()
+    assert kept(tree)
+    monkeypatch.setattr(code, "_parse", None)
+    assert digests() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"text": ""}'])
+def test_a_damaged_memory_is_none(content: str, tree: Path) -> None:
+    before = digests()
+    for path in kept(tree):
+        path.write_text(content)
+    assert digests() == before
+
+
+def test_no_memory_is_needed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests()
+    monkeypatch.setenv("MODELMILL_CACHE", str(tree / "train.py"))
+    assert digests() == before
+
+
+def test_another_python_parses_itself(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests()
+    count = len(kept(tree))
+    monkeypatch.setattr(code, "_FORM", "another")
+    digests()
+    assert len(kept(tree)) == 2 * count
 
 
 def test_form(tree: Path) -> None:

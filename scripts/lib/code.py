@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from dataclasses import dataclass
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from lib.jsonfile import read_json, write_json
+from lib.toolchain import cache_folder
+
 SCRIPTS = Path(__file__).resolve().parent.parent
+# Of what is remembered of a file: to be raised when `_parse` says something else, as another Python may.
+_FORM = f"1, Python {sys.version}"
 # Modules that cannot change an artifact's bytes: they talk to the user, keep two runs apart, or carry option values,
-# which a rule's params hold anyway.
-_TALK = ("__init__", "cli", "config", "console", "errors", "locks", "options", "typed", "usage")
+# which a rule's params hold anyway. This one names what the others do.
+_TALK = ("__init__", "cli", "code", "config", "console", "errors", "locks", "options", "typed", "usage")
 NEUTRAL = frozenset(f"lib/{name}.py" for name in _TALK)
 
 
@@ -36,10 +43,10 @@ def code_digest(script: str) -> str:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a file says to Python, and which of our files it imports."""
+    """What a file says to Python, and the names of what it imports, as files of ours would be called."""
 
     text: str
-    imports: tuple[str, ...]
+    imports: list[str]
 
 
 def _closure(script: str) -> set[str]:
@@ -49,14 +56,26 @@ def _closure(script: str) -> set[str]:
         path = waiting.pop()
         if path not in found and path not in NEUTRAL:
             found.add(path)
-            waiting.extend(_read(path).imports)
+            waiting.extend(name for name in _read(path).imports if (SCRIPTS / name).is_file())
     return found
 
 
 @cache
 def _read(path: str) -> _Source:
-    """Parse a file once; unparsed text changes less between Python versions than a dump of the tree does."""
-    tree = ast.parse((SCRIPTS / path).read_text(encoding="utf-8"))
+    """Parse a file, once for each content: all of them took a third of every start of Snakemake."""
+    source = (SCRIPTS / path).read_bytes()
+    kept = cache_folder() / "code" / f"{hashlib.sha256(_FORM.encode() + source).hexdigest()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return _Source(**read_json(kept))
+    parsed = _parse(source)
+    with suppress(OSError):  # a cache that cannot be written is none
+        write_json(kept, asdict(parsed))
+    return parsed
+
+
+def _parse(source: bytes) -> _Source:
+    """Unparsed text changes less between Python versions than a dump of the tree does."""
+    tree = ast.parse(source)
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -65,6 +84,5 @@ def _read(path: str) -> _Source:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:] or [ast.Pass()]
-    candidates = (name.replace(".", "/") + ".py" for name in names)
-    ours = tuple(candidate for candidate in candidates if (SCRIPTS / candidate).is_file())
-    return _Source(text=ast.unparse(tree), imports=ours)
+    files = sorted({name.replace(".", "/") + ".py" for name in names})
+    return _Source(text=ast.unparse(tree), imports=files)
