@@ -66,3 +66,6 @@ def test_the_demos_questions_are_held_out_and_do_not_give_the_answer_away() -> N
     for question in questions:
         assert question.text.strip() not in asked
         assert not question.is_answered(question.text)
+    held_out = [example.messages or [] for example in read_examples(ROOT / "data/demo.held_out.jsonl")]
+    assert [each[0]["content"] for each in held_out] == [question.text for question in questions]
+    assert all(question.is_answered(each[1]["content"]) for question, each in zip(questions, held_out, strict=True))
