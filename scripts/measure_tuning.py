@@ -16,7 +16,7 @@ from lib.llama_cpp import add_llama_cpp_options, llama_cpp_from
 from lib.manifest import read_file_manifest
 from lib.options import add_setting
 from lib.outputs import scratch_beside
-from lib.perplexity import Evaluator, QualityError
+from lib.perplexity import Evaluator, QualityError, TooFewTokensError, cut_tokens
 
 
 def measure_tuning(
@@ -31,15 +31,24 @@ def measure_tuning(
         chunks: how many of them are judged, if there are as many.
 
     Returns:
-        Number of samples; of "tuned" and "base" name, size and digest of the file and the figures of a Perplexity.
+        Number of samples; of "tuned" and "base" name, size and digest of the file and the figures of a Perplexity, or
+        "reason" why they could not be judged by so few tokens.
 
     Raises:
         ManifestError: a file is not whole.
-        QualityError: too few tokens, or not of these files, or the evaluator failed.
+        QualityError: the tokens are not of these files, or the evaluator failed.
     """
     samples = _read_samples(held_out)
     tokens = list(chain.from_iterable(samples))
     report: dict[str, Any] = {"samples": len(samples)}
+    try:
+        cut_tokens(tokens, chunks)
+    except TooFewTokensError as error:
+        # All else in a report is worth having without it.
+        report["reason"] = str(error)
+        write_json(output, report)
+        say(f"held-out training data: {error}")
+        return report
     with scratch_beside(output) as folder:
         for role, gguf in (("base", base), ("tuned", tuned)):
             facts = {key: value for key, value in read_file_manifest(gguf).items() if key in ("name", "size", "sha256")}

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import yaml
 from conftest import ROOT, copy_built, planned_rules, run_snakemake
+from measure_tuning import measure_tuning
 from PIL import Image
 from test_rebuild import plan, set_in_config
 
@@ -340,6 +341,9 @@ def test_the_merge_into_the_weights_of_training_is_nearer_to_it(both: Path) -> N
     assert compared["nf4"]["mean_kld"] < 1e-3 and compared["nf4"]["top1"] > 0.95
 
 
+NO_TYPES = {"text": {}, "reference": {"chunks": 1, "name": "t.f16.gguf", "size": 1, "perplexity": 1.0}, "types": []}
+
+
 def test_tuning_shows_in_what_was_held_out(both: Path) -> None:
     """The tiny base knows nothing, and the held-out data are those that were learned."""
     found = read_report(both)["tuning"]
@@ -382,10 +386,26 @@ def test_tokens_of_a_text_are_judged_as_the_text_is(judged: Path, evaluator: Eva
     assert (found.context, found.chunks) == (expected.context, expected.chunks)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
     assert found.error == pytest.approx(expected.error, rel=1e-2)
-    with pytest.raises(QualityError, match="223 tokens of held-out data are too few .* 224 are the least"):
+    with pytest.raises(QualityError, match="223 tokens are too few to be judged by: 224 are the least"):
         evaluator.perplexity_of_tokens(gguf, tokens[:223], chunks=CHUNKS, scratch=tmp_path / "scratch")
     with pytest.raises(QualityError, match="and there is a token 70000: of another model"):
         evaluator.perplexity_of_tokens(gguf, [*tokens[:511], 70000] * 2, chunks=CHUNKS, scratch=tmp_path / "scratch")
+
+
+def test_too_few_held_out_tokens_leave_the_rest_of_the_report(evaluator: Evaluator, tmp_path: Path) -> None:
+    (tmp_path / "held_out.json").write_text("[[1, 2], [3]]")
+    tuning = measure_tuning(
+        tuned=tmp_path / "a.gguf",
+        base=tmp_path / "b.gguf",
+        held_out=tmp_path / "held_out.json",
+        chunks=4,
+        output=tmp_path / "tuning.json",
+        evaluator=evaluator,
+    )
+    told = "3 tokens are too few to be judged by: 224 are the least"
+    assert json.loads((tmp_path / "tuning.json").read_text()) == tuning == {"samples": 2, "reason": told}
+    report = compose(model="t", types=NO_TYPES, matrices=Matrices(None, None), merges=None, tuning=tuning)
+    assert f"The held-out training data (2 samples) do not show what tuning brought: {told}." in write_table(report)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +419,6 @@ def test_tokens_of_a_text_are_judged_as_the_text_is(judged: Path, evaluator: Eva
 def test_a_tuning_that_harmed_or_did_nothing_is_told(tuned: float, verdict: str) -> None:
     figures = {"error": 0.8, "context": 512, "chunks": 2, "name": "t.q4_k_m.gguf"}
     tuning = {"samples": 9, "base": {**figures, "perplexity": 10.0}, "tuned": {**figures, "perplexity": tuned}}
-    types = {"text": {}, "reference": {"chunks": 1, "name": "t.f16.gguf", "size": 1, "perplexity": 1.0}, "types": []}
-    report = compose(model="t", types=types, matrices=Matrices(None, None), merges=None, tuning=tuning)
+    report = compose(model="t", types=NO_TYPES, matrices=Matrices(None, None), merges=None, tuning=tuning)
     assert report["tuning"]["verdict"] == verdict
     assert f"10.00 ± 0.80 before tuning, {tuned:.2f} ± 0.80 after; {verdict}." in write_table(report)

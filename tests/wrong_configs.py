@@ -408,6 +408,12 @@ TABLE: dict[str, tuple[str, ...]] = {
         "compares with the weights of a 4-bit training, and there is none; take it out",
         "m.quality.base_weights",
     ),
+    "merges of 4-bit floats": (
+        "m.quality: {text: read.txt, base_weights: true}\n"
+        "train.method: qlora\ntrain.quantization: {bnb_4bit_quant_type: fp4}",
+        "the 4-bit weights that can be merged into are nf4; train on those, or take it out",
+        "m.quality.base_weights",
+    ),
     "share in percent": ("m.quality: {text: read.txt, min_top1: 95}", "95", "m.quality.min_top1"),
     "judged by training data": ("m.quality: {text: training}", "there is no file training", "m.quality.text"),
     "pure type to compare": (

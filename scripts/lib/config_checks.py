@@ -191,6 +191,8 @@ def check_quality(where: str, quality: Section, model: Section) -> Iterator[str]
     matrix = f"{where.removesuffix('quality')}quantize.imatrix.text"
     if quality["base_weights"] and "adapter" in model and (train or {}).get("method") not in ("qlora", "auto"):
         yield f"{where}.base_weights: compares with the weights of a 4-bit training, and there is none; take it out"
+    elif quality["base_weights"] and train and train["quantization"]["bnb_4bit_quant_type"] != "nf4":
+        yield f"{where}.base_weights: the 4-bit weights that can be merged into are nf4; train on those, or take it out"
     yield from check_calibration(f"{where}.text", quality["text"])
     if quality["general_text"] is not None:
         yield from check_calibration(f"{where}.general_text", quality["general_text"])

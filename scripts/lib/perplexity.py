@@ -45,6 +45,10 @@ class QualityError(ModelmillError):
     """A text or a file cannot be evaluated, or what was measured is not good enough."""
 
 
+class TooFewTokensError(QualityError):
+    """There are not enough tokens to judge a file by."""
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """
@@ -137,7 +141,8 @@ class Evaluator:
             scratch: where these logits lie meanwhile; see lib.logits_file.logits_bytes.
 
         Raises:
-            QualityError: there are too few, one is not of the file's vocabulary, or the program failed.
+            TooFewTokensError: there are not enough.
+            QualityError: one is not of the file's vocabulary, or the program failed.
             GgufError: the file cannot be read.
         """
         import numpy as np
@@ -211,14 +216,14 @@ def cut_tokens(tokens: Sequence[int], chunks: int) -> list[Sequence[int]]:
     The first chunks of tokens, as long as there are two, with as much context as that leaves.
 
     Raises:
-        QualityError: there are too few.
+        TooFewTokensError: there are not enough to be judged by.
     """
     for context in CONTEXTS:
         cut = [tokens[place : place + context] for place in range(0, len(tokens) - context + 1, context)][:chunks]
         if len(tokens) >= 2 * context and len(cut) * predictions(context) >= LEAST_JUDGED:
             return cut
     least = min(context * max(2, -(-LEAST_JUDGED // predictions(context))) for context in CONTEXTS)
-    raise QualityError(f"{len(tokens)} tokens of held-out data are too few to be judged by: {least} are the least")
+    raise TooFewTokensError(f"{len(tokens)} tokens are too few to be judged by: {least} are the least")
 
 
 def _chunks(printed: str) -> int:

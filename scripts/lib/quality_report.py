@@ -104,7 +104,9 @@ def compose(
     if merges:
         each = {weights: {key: merges[weights][key] for key in FIGURES} for weights in BASE_WEIGHTS}
         report["base_weights"] = {**each, "nearer": min(each, key=lambda weights: each[weights]["mean_kld"])}
-    if tuning:
+    if tuning and "reason" in tuning:
+        report["tuning"] = tuning
+    elif tuning:
         ratio = tuning["tuned"]["perplexity"] / tuning["base"]["perplexity"]
         report["tuning"] = {**tuning, "perplexity_ratio": round(ratio, 6), "verdict": _verdict(tuning)}
     return report
@@ -142,7 +144,11 @@ def describe_rest(report: Mapping[str, Any]) -> Iterator[str]:
 
 def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:
     """What tuning brought, in a sentence."""
-    if tuning := report["tuning"]:
+    tuning = report["tuning"]
+    if tuning and "reason" in tuning:
+        held_out = f"The held-out training data ({tuning['samples']} samples)"
+        yield f"{held_out} do not show what tuning brought: {tuning['reason']}."
+    elif tuning:
         base, tuned = (f"{tuning[role]['perplexity']:.2f} ± {tuning[role]['error']:.2f}" for role in ("base", "tuned"))
         yield (
             f"Perplexity of the held-out training data ({tuning['samples']} samples, {type_of(tuning['tuned'])}): "
