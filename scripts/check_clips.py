@@ -19,7 +19,7 @@ def identify(clips: Path) -> tuple[dict[str, Any], str]:
         ClipError: the clips cannot be used.
     """
     found = read_clips(clips)
-    check_pictures(found)
+    check_pictures(found, threads=usable_cores())
     identity = identify_clips(clips, found, threads=usable_cores())
     seen = identity["frames"] - identity["visibility"]["no ball"]
     counts = f"{identity['frames']} frames of {identity['clips']} clips in {len(identity['games'])} games"

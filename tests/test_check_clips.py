@@ -31,7 +31,7 @@ PICTURE = picture(64, 48)
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """Two games, of one and two clips; of frames only the head is looked at, so that any bytes may follow."""
+    """Two games, of one and two clips; any bytes may follow a picture, and tell frames apart."""
     for number, name in enumerate(("game1/Clip1", "game1/Clip2", "game2/Clip1")):
         folder = tmp_path / "tennis" / name
         folder.mkdir(parents=True)
@@ -99,14 +99,17 @@ def test_bad_rows_are_listed_and_nothing_is_written(clips: Path, tmp_path: Path)
 def test_frames_that_training_would_stop_at_are_listed_before_it(clips: Path, tmp_path: Path) -> None:
     (clips / "game1/Clip1/0001.jpg").write_text("no picture")
     (clips / "game1/Clip2/0003.jpg").write_bytes(picture(32, 24))
+    whole = (clips / "game2/Clip1/0002.jpg").read_bytes()
+    (clips / "game2/Clip1/0002.jpg").write_bytes(whole[: len(whole) - 40])
     table = clips / "game2/Clip1/Label.csv"
     table.write_text(table.read_text().replace("1,10,20", "1,10,49"))
     done = run(clips, tmp_path / "clips.json")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "game1/Clip1/0001.jpg: cannot be read as a picture" in done.stderr
+    assert "game2/Clip1/0002.jpg: cannot be read as a picture (image file is truncated" in done.stderr
     assert "game1/Clip2/0003.jpg: is of 32×24 pixels, 0000.jpg of 64×48" in done.stderr
     assert "game2/Clip1/0000.jpg: the ball is at (10.0, 49.0), outside of 64×48 pixels" in done.stderr
-    assert len(done.stderr.splitlines()) == 4 and not (tmp_path / "clips.json").exists()
+    assert len(done.stderr.splitlines()) == 5 and not (tmp_path / "clips.json").exists()
 
 
 def test_no_clips_at_all(tmp_path: Path) -> None:
