@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from lib.adapter_folder import CONFIG, WEIGHTS, write_adapter
 from lib.base_model import count_weights
 from lib.checkpoint import checkpoint_files
-from lib.checkpoints import run_folder
+from lib.checkpoints import forget_run, run_folder
 from lib.cli import UsageError, planned_cards, run_script, script_parser, usable_cores
 from lib.code import code_digest
 from lib.console import say
@@ -76,9 +74,7 @@ def train_adapter(
         manifest = write_folder_manifest(partial, artifact="adapter", files=written, origin=origin)
     if history:
         write_json(history, {**trained.history, "adapter_digest": manifest["digest"]})
-    shutil.rmtree(run, ignore_errors=True)
-    with suppress(OSError):  # checkpoints of other runs are kept
-        checkpoints.rmdir()
+    forget_run(run)
     say(f"adapter written to {output}")
     return manifest
 

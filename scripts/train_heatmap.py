@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from lib.adapter_folder import write_adapter
 from lib.backbone_names import pinned_name
 from lib.checkpoint import checkpoint_files
-from lib.checkpoints import run_folder
+from lib.checkpoints import forget_run, run_folder
 from lib.cli import UsageError, planned_cards, run_script, script_parser, usable_cores
 from lib.clips import identify_clips, read_clips
 from lib.code import code_digest
@@ -98,9 +96,7 @@ def train_heatmap(
         manifest = write_folder_manifest(partial, artifact="adapter", files=files, origin=origin)
     if history:
         write_json(history, {**trained.history, "adapter_digest": manifest["digest"]})
-    shutil.rmtree(run, ignore_errors=True)
-    with suppress(OSError):  # checkpoints of other runs are kept
-        checkpoints.rmdir()
+    forget_run(run)
     say(f"trained weights written to {output}")
     return manifest
 

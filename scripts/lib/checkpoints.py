@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ def run_folder(checkpoints: Path, identity: Any) -> Path:
         identity: all that decides about the run's result, as plain values.
     """
     return checkpoints / digest_json(identity)[:16]
+
+
+def forget_run(run: Path) -> None:
+    """Remove a finished run's checkpoints; those of other runs beside it stay."""
+    shutil.rmtree(run, ignore_errors=True)
+    with suppress(OSError):
+        run.parent.rmdir()
 
 
 def mark_complete(folder: Path) -> None:
