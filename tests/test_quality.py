@@ -238,7 +238,8 @@ def test_the_table_of_the_readme_is_as_the_command_writes_it(judged: Path, tmp_p
     shown = re.search(r"<!-- quality of demo -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
     assert shown
     types = set(resolve_project(yaml.safe_load((ROOT / "config.yaml").read_text())).models["demo"].quality.types)
-    assert {"q4_k_m", *types} == {line.split()[1] for line in shown[1].splitlines()[3:]}
+    assert {"q4_k_m", *types} == {line.split()[1] for line in shown[1].splitlines()[3:] if line.startswith("| ")}
+    assert "Perplexity of the held-out training data (20 samples, q4_k_m):" in shown[1]
     (tmp_path / "README.md").write_text("before\n<!-- quality of tiny -->\nold\n<!-- end -->\nafter\n")
     command = [sys.executable, str(ROOT / "scripts/show_quality.py"), str(judged / REPORT)]
     subprocess.run([*command, "--into", "README.md"], cwd=tmp_path, check=True)
