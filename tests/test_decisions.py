@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, run_snakemake
 from tiny_adapter import write_constants
 
-from lib.decisions import merge_decisions, training_decisions
+from lib.decisions import merge_decisions, training_decisions, type_decisions
 from lib.quantize_path import QuantizePaths
 from lib.spec import Project, resolve_project
 
@@ -36,6 +36,18 @@ def test_the_32b_in_4_bits_since_16_do_not_fit(monkeypatch: pytest.MonkeyPatch) 
         "tracknet-demo": "tracknet-demo: trained by full in fp32 on cpu (as configured: every weight, without an "
         "adapter)",
     }
+
+
+def test_types_to_choose_from_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert type_decisions(shipped()) == {}
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["models"]["deepseek32b"] |= {
+        "quantize": {"types": "auto", "budget": {"gpu_memory": 24}},
+        "quality": {"text": "data/quality.txt"},
+    }
+    said = type_decisions(resolve_project(config))["deepseek32b"]
+    assert said == "deepseek32b: auto will be the best, as measured, of q5_k_m, q4_k_m, iq4_xs, q3_k_m that fits"
 
 
 def test_a_merge_needs_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

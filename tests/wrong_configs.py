@@ -408,6 +408,11 @@ TABLE: dict[str, tuple[str, ...]] = {
         "compares with the weights of a 4-bit training, and there is none; take it out",
         "m.quality.base_weights",
     ),
+    "limit of nothing": (
+        "m.quality: {text: read.txt, max_kld: 1}\nm.quantize.types: [f16]",
+        "limits quantized types, and quantize.types names none; add one, or take it out",
+        "m.quality.max_kld",
+    ),
     "merges of 4-bit floats": (
         "m.quality: {text: read.txt, base_weights: true}\n"
         "train.method: qlora\ntrain.quantization: {bnb_4bit_quant_type: fp4}",

@@ -66,8 +66,7 @@ def imatrix_option(wildcards):
 
 
 def chosen_file(wildcards):
-    """What tells which type `auto` stands for."""
-    return f"work/{wildcards.model}/type.json" if wildcards.quant == AUTO else []
+    return type_file(wildcards) if wildcards.quant == AUTO else []
 
 
 def quant_option(wildcards):

@@ -42,19 +42,12 @@ def tuning_needs(wildcards):
     return estimate.measure_tuning_needs(spec(wildcards.model), PROJECT.hardware)
 
 
-def compared_types(wildcards):
-    """The types that are compared with the 16-bit file."""
+def compared_files(wildcards):
+    """The files that are compared; those of which one is to be chosen are made for it alone, one after the other."""
     model = spec(wildcards.model)
     if model.quantize.is_auto:
-        return list(model.quantize.candidates)
-    return list(dict.fromkeys([*quantized_types(wildcards), *model.quality.types]))
-
-
-def compared_files(wildcards):
-    """Their files; those of which one is to be chosen are made for the comparison alone, one after the other."""
-    if spec(wildcards.model).quantize.is_auto:
         return []
-    return [f"models/{wildcards.model}.{quant}.gguf" for quant in compared_types(wildcards)]
+    return [f"models/{wildcards.model}.{quant}.gguf" for quant in model.compared_types]
 
 
 def compared_matrix(wildcards):
@@ -66,7 +59,7 @@ def compared_matrix(wildcards):
 
 def compared_options(wildcards):
     """What is compared: these files, and those that are made for it."""
-    types, matrices = compared_types(wildcards), matrices_of(wildcards)
+    types, matrices = spec(wildcards.model).compared_types, matrices_of(wildcards)
     files = dict(zip(types, compared_files(wildcards)))
     words = [f"--imatrix={file}" for file in compared_matrix(wildcards)] + ["--types"]
     for quant in types:

@@ -206,6 +206,9 @@ def check_quality(where: str, quality: Section, model: Section) -> Iterator[str]
             yield f"{where}.types: {name} needs an importance matrix; set {matrix}, or take a larger type"
         elif settings and (problem := pure_problem(settings, name)):
             yield f"{where}.types: {problem}"
+    limits = [key for key in ("max_kld", "min_top1", "max_perplexity_ratio") if quality[key] is not None]
+    if limits and quantize and set(quantize["types"]) <= set(SOURCE_TYPES):
+        yield f"{where}.{limits[0]}: limits quantized types, and quantize.types names none; add one, or take it out"
     if quantize and quantize["imatrix"] and quality["text"] == quantize["imatrix"]["text"]:
         yield f"{where}.text: the importance matrix is computed from it, which would flatter the types; take another"
 

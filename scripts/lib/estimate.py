@@ -17,7 +17,6 @@ from lib.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from lib.budget import AUTO
 from lib.calibration import CHUNK_TOKENS
 from lib.logits_file import logits_bytes
-from lib.quant_types import QUANTIZED_TYPES
 from lib.sizes import CUDA_BYTES, GIB, cache_bytes, file_bytes
 from lib.spec import Hardware, Model, Shape
 from lib.token_loss import LOGITS_AT_ONCE
@@ -231,7 +230,7 @@ def measuring_bytes(model: Model) -> int:
     """Disk that comparing types takes meanwhile: what the 16-bit file says of each token, and the largest type made."""
     if model.quality is None:
         return 0
-    made = [quant for quant in _measured(model) if model.quantize.is_auto or model.quantize.uses_imatrix(quant)]
+    made = [quant for quant in model.compared_types if model.quantize.is_auto or model.quantize.uses_imatrix(quant)]
     logits = logits_bytes(vocabulary=shape_of(model).vocab_size, chunks=model.quality.chunks)
     return round(logits + max((weight_bytes(model, quant) for quant in made), default=0))
 
@@ -244,7 +243,7 @@ def measure_needs(model: Model, hardware: Hardware) -> Needs:
     """
     if model.quality is None:
         return small_needs()
-    shape, quality, types = shape_of(model), model.quality, _measured(model)
+    shape, quality, types = shape_of(model), model.quality, model.compared_types
     token = 8 * shape.vocab_size + 40 * shape.hidden_size + 12 * shape.intermediate_size
     held = 0.5e9 + CHUNK_TOKENS * token + cache_bytes(shape, CHUNK_TOKENS)
     made = sum(model.quantize.uses_imatrix(quant) for quant in types) * (2 if quality.general_text else 1)
@@ -291,14 +290,6 @@ def compare_merges_needs(model: Model, hardware: Hardware) -> Needs:
     cards = train_needs(model, hardware).gpu
     memory = max(in_mb(training_ram(shape, train)), merge.mem_mb)
     return Needs(memory, disk, runtime, gpu=cards, gpu_mem_mb=in_mb(1.11 * held / cards + computed + CUDA_BYTES))
-
-
-def _measured(model: Model) -> list[str]:
-    """The types that are compared with the 16-bit file."""
-    if model.quantize.is_auto:
-        return list(model.quantize.candidates)
-    more = model.quality.types if model.quality else ()
-    return [quant for quant in dict.fromkeys([*model.quantize.types, *more]) if quant in QUANTIZED_TYPES]
 
 
 def answer_needs(model: Model, quant: str) -> Needs:

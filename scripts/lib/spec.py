@@ -29,7 +29,7 @@ from lib.config_checks import (
 )
 from lib.heatmap_spec import HeatmapModel, resolve_heatmap
 from lib.jsonfile import read_json
-from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX, source_type
+from lib.quant_types import BITS_PER_WEIGHT, IGNORE_IMATRIX, NEED_IMATRIX, QUANTIZED_TYPES, source_type
 from lib.sizes import CONTEXT, GIB, cache_bytes, file_bytes
 from lib.tensor_types import TensorTypes, pure_problem
 from lib.train_method import MethodError, resolve_method
@@ -247,6 +247,14 @@ class Model:
     def source_type(self) -> str:
         """The 16-bit GGUF type that quantized files are made from."""
         return source_type(self.merge.dtype)
+
+    @property
+    def compared_types(self) -> list[str]:
+        """The types that are compared with the 16-bit file, where `quality` is set."""
+        if self.quantize.is_auto:
+            return list(self.quantize.candidates)
+        more = self.quality.types if self.quality else ()
+        return [quant for quant in dict.fromkeys([*self.quantize.types, *more]) if quant in QUANTIZED_TYPES]
 
     @property
     def holds_out(self) -> bool:
