@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lib.budget import read_chosen
+from lib.chosen_type import read_chosen
 from lib.cli import run_script, script_parser
 from lib.console import say
 from lib.jsonfile import read_json, write_json

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lib.budget import read_chosen
+from lib.chosen_type import read_chosen
 from lib.cli import run_script, script_parser
 from lib.console import progress, say
 from lib.gguf_file import check_same_tensors, count_types, put_last, read_gguf

@@ -15,7 +15,8 @@ from conftest import copy_built, run_snakemake
 from test_rebuild import plan, set_in_config
 
 from lib import estimate
-from lib.budget import Budget, BudgetError, candidates, choose, read_chosen
+from lib.budget import Budget, BudgetError, candidates, choose
+from lib.chosen_type import ChosenTypeError, read_chosen
 from lib.gguf_file import read_gguf
 from lib.sizes import GIB
 from lib.spec import Model, resolve_project
@@ -81,7 +82,7 @@ def test_memory_of_a_card_holds_the_cache_as_well() -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"type": "q9"}'])
 def test_a_file_that_tells_no_type(content: str, tmp_path: Path) -> None:
     (tmp_path / "type.json").write_text(content)
-    with pytest.raises(BudgetError, match="type.json tells no type; choose_type.py writes it"):
+    with pytest.raises(ChosenTypeError, match="type.json tells no type; choose_type.py writes it"):
         read_chosen(tmp_path / "type.json")
 
 

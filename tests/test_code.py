@@ -96,6 +96,16 @@ def test_moving_code_between_modules_counts(tree: Path) -> None:
     assert changed_by(tree, "merge.py", FILES["merge.py"].replace("numbers", "other")) == {"merge.py"}
 
 
+def test_what_is_imported_for_type_checkers_does_not_count(tree: Path) -> None:
+    typed = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lib.unused import VALUE\n" + FILES["merge.py"]
+    )
+    assert changed_by(tree, "merge.py", typed) == {"merge.py"}
+    assert changed_by(tree, "lib/unused.py", "VALUE = 2\n") == set()
+    assert changed_by(tree, "merge.py", typed.replace("VALUE", "VALUE as V")) == set()
+    assert changed_by(tree, "merge.py", typed.replace("if TYPE", "if not TYPE")) == {"merge.py"}
+
+
 def test_modules_may_import_each_other(tree: Path) -> None:
     (tree / "lib/numbers.py").write_text("import lib.model\n" + FILES["lib/numbers.py"])
     assert len(set(digests().values())) == 2

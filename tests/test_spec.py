@@ -56,7 +56,19 @@ def problems(**model: Any) -> list[str]:
         (spec.LlamaCpp, schema()["properties"]["llama_cpp"]),
         *(
             (getattr(spec, name.capitalize()), definition(name))
-            for name in ("model", "base", "shape", "adapter", "merge", "quantize", "imatrix", "ollama", "smoke", "rag")
+            for name in (
+                "model",
+                "base",
+                "shape",
+                "adapter",
+                "merge",
+                "quantize",
+                "imatrix",
+                "quality",
+                "ollama",
+                "smoke",
+                "rag",
+            )
         ),
         *(
             (getattr(train_settings, "".join(part.capitalize() for part in name.split("_"))), definition(name))
@@ -78,7 +90,7 @@ def test_every_field_has_a_key_and_every_key_a_field(kind: type, section: dict[s
     assert fields == section["properties"].keys()
 
 
-def test_only_the_reason_of_the_method_is_no_setting() -> None:
+def test_what_is_found_out_is_no_setting() -> None:
     kinds = [
         kind for module in (spec, train_settings) for kind in vars(module).values() if dataclasses.is_dataclass(kind)
     ]
@@ -89,7 +101,7 @@ def test_only_the_reason_of_the_method_is_no_setting() -> None:
         if not field.metadata.get("setting", True)
     }
     # The heatmap models stand among the others in the file.
-    assert fields == {("Train", "method_reason"), ("Project", "heatmaps")}
+    assert fields == {("Train", "method_reason"), ("Quantize", "candidates"), ("Project", "heatmaps")}
 
 
 def test_a_merge_onto_a_4_bit_base_on_a_gpu() -> None:

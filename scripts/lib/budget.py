@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import ModelmillError
-from lib.jsonfile import read_json
-from lib.quant_types import QUANTIZED_TYPES
 from lib.sizes import CUDA_BYTES, GIB, file_bytes
 
 if TYPE_CHECKING:
@@ -59,22 +56,6 @@ class Budget:
             return f"{self.file:g} GiB of file"
         rest = f"{self.room(cache) / 1e9:.2f} GB for the file beside {cache / 1e9:.2f} GB of keys and values"
         return f"{self.gpu_memory:g} GiB of GPU memory ({rest})"
-
-
-def read_chosen(path: Path) -> str:
-    """
-    The type that choose_type.py wrote down.
-
-    Raises:
-        BudgetError: the file does not tell one.
-    """
-    try:
-        quant = read_json(path)["type"]
-    except (OSError, ValueError, TypeError, KeyError):
-        quant = None
-    if quant not in QUANTIZED_TYPES:
-        raise BudgetError(f"{path} tells no type; choose_type.py writes it")
-    return str(quant)
 
 
 def candidates(shape: Shape, room: int, types: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from lib.toolchain import cache_folder
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 # Of what is remembered of a file: to be raised when `_parse` says something else, as another Python may.
-_FORM = f"1, Python {sys.version}"
+_FORM = f"2, Python {sys.version}"
 # Modules that cannot change an artifact's bytes: they talk to the user, keep two runs apart, or carry option values,
 # which a rule's params hold anyway. This one names what the others do.
 _TALK = ("__init__", "cli", "code", "config", "console", "errors", "locks", "options", "typed", "usage")
@@ -73,9 +73,17 @@ def _read(path: str) -> _Source:
     return parsed
 
 
+class _WithoutTypes(ast.NodeTransformer):
+    """Leave out what is there for type checkers alone."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+
 def _parse(source: bytes) -> _Source:
     """Unparsed text changes less between Python versions than a dump of the tree does."""
-    tree = ast.parse(source)
+    tree = _WithoutTypes().visit(ast.parse(source))
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -145,9 +145,8 @@ class Quantize(TensorTypes):
     path: str
     imatrix: Imatrix | None
     budget: Budget | None
-    candidates: tuple[str, ...] = field(
-        default=(), metadata={"setting": False}
-    )  # of which AUTO is one, large ones first
+    # Of which AUTO is one, large ones first.
+    candidates: tuple[str, ...] = field(default=(), metadata={"setting": False})
 
     @property
     def is_auto(self) -> bool:
