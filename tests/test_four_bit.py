@@ -185,6 +185,19 @@ def test_threads_change_no_byte(tiny_base: Path, tmp_path: Path) -> None:
     assert len(shards) == 1
 
 
+def test_bitsandbytes_is_there_before_threads_compute(tiny_base: Path, tmp_path: Path) -> None:
+    """Once in five merges, on a busy machine, threads that imported it together found torch half imported."""
+    _, adapter = adapted(tiny_base, tmp_path / "adapter", precision="bf16")
+    asked = {"base": tiny_base, "adapter": adapter, "base_manifest": None, "adapter_manifest": None}
+    code = (
+        "import sys; from pathlib import PosixPath; from lib.merge_inputs import read_merge; "
+        f"read_merge(**{asked}, dtype='float16', base_weights='nf4', threads=1); "
+        "print('bitsandbytes.functional' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_the_manifest_says_how_the_base_was_held(tiny_base: Path) -> None:
     run = runs.settings(method="qlora", precision="bf16")
     plain = load_base(tiny_base, run, device_map={"": "cpu"}).four_bit

@@ -235,6 +235,7 @@ def test_frames_read_by_other_processes_give_the_same_bytes(
     monkeypatch.setattr(HeatmapTrainer, "training_step", looking)
     read = runs.train(bases["vit"], clips, tmp_path / "read", **asked, dataloader_num_workers=2)
     assert len(readers) == 8 and len(readers[0]) == 2 and readers == [readers[0]] * 8
+    assert readers[0].isdisjoint(process.pid for process in multiprocessing.active_children())
     assert read == plain
     records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "read")]
     assert records[0]["evaluations"] == records[1]["evaluations"] and len(records[0]["evaluations"]) == 4

@@ -108,6 +108,11 @@ def read_four_bit(adapter: Mapping[str, Any] | None) -> FourBit:
     return FourBit(**{**said, "skipped": tuple(said["skipped"])})
 
 
+def import_bitsandbytes() -> None:
+    """Import what threads are going to compute with: where several import it at once, some find torch half imported."""
+    import bitsandbytes.functional  # noqa: F401
+
+
 @dataclass(frozen=True)
 class BlockScales:
     """

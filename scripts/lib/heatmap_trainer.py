@@ -43,6 +43,7 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         }
         self._thawing = [weight for name, weight in self._trained.items() if name.startswith("backbone.")]
         self._frozen = False
+        self._loader: Any = None
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -58,6 +59,19 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         )
         return round(asked.freeze_backbone_epochs * updates)
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """
+        As of the Trainer; the processes that read frames end with it.
+
+        Were the loader left to the garbage collector, the queues by which they are told to end would go before it, and
+        each of them would be waited for, 5 s (torch 2.13).
+        """
+        try:
+            return super().train(*args, **options)
+        finally:
+            if self._loader is not None:
+                self._loader.base_dataloader._iterator = None
+
     def get_train_dataloader(self) -> Any:
         """
         The frames to learn from, in the Trainer's order.
@@ -67,6 +81,7 @@ class HeatmapTrainer(SplitTrainer[HeatmapSample]):
         """
         loader = super().get_train_dataloader()
         loader.base_dataloader.generator = torch.Generator()
+        self._loader = loader
         return loader
 
     def training_step(self, model: Any, inputs: HeatmapBatch, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from lib.adapter_folder import CONFIG, WEIGHTS
 from lib.checkpoint import checkpoint_files
 from lib.console import say
-from lib.four_bit import read_four_bit
+from lib.four_bit import import_bitsandbytes, read_four_bit
 from lib.jsonfile import read_json
 from lib.lora import read_lora, read_targets
 from lib.manifest import identify_folder
@@ -85,6 +85,7 @@ def read_merge(
     }
     if base_weights == "nf4":
         plan = hold_in_four_bits(plan, read_four_bit(origin["adapter"]), where=base)
+        import_bitsandbytes()
     if adapter:
         say(f"merging {len(updates)} updates onto {BASE_WEIGHTS[base_weights]}, by blocks of rows")
     return MergeInputs(plan.tensors, len(updates), {**config, **plan.config}, origin)
