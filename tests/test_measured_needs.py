@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from lib import estimate, heatmap_estimate
 from lib.sizes import CUDA_BYTES
-from lib.spec import Model, Shape, resolve_project
+from lib.spec import Hardware, Model, Shape, resolve_project
 
 MEASUREMENTS = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
 # Of DeepSeek-R1-Distill-Qwen's sizes and of SmolLM2-135M: hidden, layers, intermediate, heads, key-value heads,
@@ -59,6 +60,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     for model in (each for each in config["models"].values() if "kind" not in each):
         model.pop("smoke", None), model.pop("rag", None)
+        model["quality"] = {"text": str(ROOT / "README.md"), "types": ["q8_0", "q4_k_m"]}
         model["adapter"]["train"]["data"] = str(ROOT / "data/demo.jsonl")
     shipped = resolve_project(config).models["deepseek32b"]
 
@@ -106,8 +108,20 @@ def built(make: Callable[..., Model], row: dict[str, str]) -> float:
     return needs.mem_mb / 1000
 
 
+def judged(make: Callable[..., Model], row: dict[str, str]) -> float:
+    """The estimate of what judging takes of the card, or of RAM on the CPU, in GB."""
+    device = {"GPU": "cuda", "CPU": "cpu"}[row["on"]]
+    model = make(row["shape"], method="qlora", device=device, precision="fp32" if device == "cpu" else "bf16")
+    assert model.quality is not None
+    model = replace(model, quality=replace(model.quality, device=device))
+    step = {"measure_types": estimate.measure_needs, "compare_merges": estimate.compare_merges_needs}[row["step"]]
+    needs = step(model, Hardware(gpus=(80.0,), ram=64.0, disk=100.0))
+    return (needs.gpu_mem_mb or needs.mem_mb) / 1000
+
+
 TRAINED = table("### Memory of training")
 BUILT = table("### Memory of the steps after it")
+JUDGED = table("### Memory of judging files")
 HEATMAPS_TRAINED = table("### Memory of training heatmap models")
 
 
@@ -116,6 +130,9 @@ def test_the_tables_hold_every_method_size_and_step() -> None:
     assert {row["shape"] for row in TRAINED} == set(SHAPES) == {row["shape"] for row in BUILT} | {"7B"}
     assert {row["step"] for row in BUILT} == {"merge_adapter", "convert_gguf", "quantize_gguf", "build_direct"}
     assert len(TRAINED) >= 50 and len(BUILT) >= 20
+    assert {(row["step"], row["on"]) for row in JUDGED} == set(
+        product(("measure_types", "compare_merges"), ("GPU", "CPU"))
+    )
     assert {row["backbone"] for row in HEATMAPS_TRAINED} == set(HEATMAPS) and len(HEATMAPS_TRAINED) == 24
 
 
@@ -153,6 +170,13 @@ def test_training_of_heatmap_models(row: dict[str, str]) -> None:
 @pytest.mark.parametrize("row", BUILT, ids=lambda row: "-".join(list(row.values())[:4]))
 def test_the_steps_after_it(row: dict[str, str], make: Callable[..., Model]) -> None:
     memory = built(make, row)
+    assert float(row["peak, GB"]) <= memory <= 1.25 * float(row["peak, GB"])
+    assert row["estimate, GB"] == f"{memory:.2f}"
+
+
+@pytest.mark.parametrize("row", JUDGED, ids=lambda row: "-".join(list(row.values())[:3]))
+def test_judging(row: dict[str, str], make: Callable[..., Model]) -> None:
+    memory = judged(make, row)
     assert float(row["peak, GB"]) <= memory <= 1.25 * float(row["peak, GB"])
     assert row["estimate, GB"] == f"{memory:.2f}"
 

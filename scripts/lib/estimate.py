@@ -237,24 +237,26 @@ def measuring_bytes(model: Model) -> int:
 
 def measure_needs(model: Model, hardware: Hardware) -> Needs:
     """
-    llama-perplexity holds logits, their logarithms and activations of one chunk; the weights are mapped.
+    llama-perplexity holds logits, their logarithms and activations of one chunk; the weights are mapped, or on cards.
 
     Weights beyond the planned machine's memory are read from disk again for every chunk, see imatrix_needs.
     """
     if model.quality is None:
         return small_needs()
     shape, quality, types = shape_of(model), model.quality, model.compared_types
-    token = 8 * shape.vocab_size + 40 * shape.hidden_size + 12 * shape.intermediate_size
-    held = 0.5e9 + CHUNK_TOKENS * token + cache_bytes(shape, CHUNK_TOKENS)
+    token = 40 * shape.hidden_size + 12 * shape.intermediate_size
+    computed = CHUNK_TOKENS * token + cache_bytes(shape, CHUNK_TOKENS)
+    held = 0.2e9 + 7 * CHUNK_TOKENS * shape.vocab_size + computed
     made = sum(model.quantize.uses_imatrix(quant) for quant in types) * (2 if quality.general_text else 1)
     products = (1 + len(types) + made) * shape.parameters * CHUNK_TOKENS * quality.chunks
     made += len(model.quantize.candidates)
     seconds = products / (IMATRIX_PRODUCTS * THREADS) + made * 2 * shape.parameters / (QUANTIZE_WEIGHTS * THREADS)
     size, disk = weight_bytes(model, "f16"), in_mb(measuring_bytes(model))
     if quality.device == "cuda":
-        card = min(hardware.gpus) * GIB - CUDA_BYTES - held
+        beside = CUDA_BYTES + 0.3e9 + 4 * CHUNK_TOKENS * shape.vocab_size + computed
+        card = min(hardware.gpus) * GIB - beside
         cards = min(len(hardware.gpus), math.ceil(size / card)) if card > 0 else len(hardware.gpus)
-        each = in_mb(size / cards + held + CUDA_BYTES)
+        each = in_mb(size / cards + beside)
         return Needs(in_mb(held + 1e9), disk, in_minutes(seconds), gpu=cards, gpu_mem_mb=each)
     return Needs(in_mb(max(held, min(held + size, 0.9 * hardware.ram * GIB))), disk, in_minutes(seconds))
 
