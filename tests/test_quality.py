@@ -219,7 +219,13 @@ def test_a_larger_type_is_proposed_by_what_was_measured() -> None:
     """Of the demo q5_k_m is further from the 16-bit file than q4_k_m, so that size alone would mislead."""
     sizes = {"q4_k_m": (4, 0.06), "q5_k_m": (5, 0.13), "q6_k": (6, 0.01)}
     rows = [{**ROW, "type": quant, "size": size, "mean_kld": kld} for quant, (size, kld) in sizes.items()]
-    assert "(q6_k is within the limits)" in refused(rows, ["q4_k_m"], {"max_kld": 0.05})[-1]
+    assert refused(rows, ["q4_k_m"], {"max_kld": 0.05})[-1].startswith(
+        "try quantize.types: a larger type (q6_k is within the limits), or "
+    )
+    # Where the types are `auto`, the budget decides.
+    assert refused(rows, ["q4_k_m"], {"max_kld": 0.05}, is_auto=True)[-1].startswith(
+        "try quantize.budget: more room (q6_k is within the limits), or "
+    )
 
 
 def test_types_without_use_for_a_matrix_have_one_row() -> None:

@@ -113,7 +113,7 @@ def compose(
 
 
 def _verdict(tuning: Mapping[str, Any]) -> str:
-    """One of VERDICTS; a difference within both standard errors is none."""
+    """BETTER, WORSE, or NO_DIFFERENCE where that is within both standard errors."""
     base, tuned = tuning["base"], tuning["tuned"]
     if abs(tuned["perplexity"] - base["perplexity"]) <= hypot(base["error"], tuned["error"]):
         return NO_DIFFERENCE
@@ -145,13 +145,15 @@ def describe_rest(report: Mapping[str, Any]) -> Iterator[str]:
 def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:
     """What tuning brought, in a sentence."""
     tuning = report["tuning"]
-    if tuning and "reason" in tuning:
-        held_out = f"The held-out training data ({tuning['samples']} samples)"
-        yield f"{held_out} do not show what tuning brought: {tuning['reason']}."
-    elif tuning:
+    if not tuning:
+        return
+    samples = f"{tuning['samples']} sample{'s' * (tuning['samples'] != 1)}"
+    if "reason" in tuning:
+        yield f"The held-out training data ({samples}) do not show what tuning brought: {tuning['reason']}."
+    else:
         base, tuned = (f"{tuning[role]['perplexity']:.2f} ± {tuning[role]['error']:.2f}" for role in ("base", "tuned"))
         yield (
-            f"Perplexity of the held-out training data ({tuning['samples']} samples, {type_of(tuning['tuned'])}): "
+            f"Perplexity of the held-out training data ({samples}, {type_of(tuning['tuned'])}): "
             f"{base} before tuning, {tuned} after; {tuning['verdict']}."
         )
 
@@ -189,13 +191,16 @@ def outside(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
     return told
 
 
-def refused(rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping[str, float]) -> list[str]:
+def refused(
+    rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping[str, float], *, is_auto: bool = False
+) -> list[str]:
     """
     The types that are not within the limits, a line each, and what to try.
 
     Args:
         rows: see describe_types.
         types: those that are built for use; others were only compared.
+        is_auto: whether they were chosen by quantize.budget.
     """
     own = {row["type"]: row for row in rows if not row["variant"]}
     bad = {quant: told for quant in types if quant in own and (told := outside(own[quant], limits))}
@@ -204,8 +209,8 @@ def refused(rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping
     lines = [f"{quant}: {'; '.join(told)}" for quant, told in bad.items()]
     good = [quant for quant, row in own.items() if quant not in bad and not outside(row, limits)]
     smallest = min(good, key=lambda quant: own[quant]["size"], default=None)
-    larger = f"a larger type ({smallest} is within the limits)" if smallest else "a larger type"
-    tries = [f"quantize.types: {larger}"]
+    larger = "quantize.budget: more room" if is_auto else "quantize.types: a larger type"
+    tries = [f"{larger} ({smallest} is within the limits)" if smallest else larger]
     if any(own[quant]["matrix"] == NO_MATRIX and quant not in IGNORE_IMATRIX for quant in bad):
         tries.append("quantize.imatrix.text: an importance matrix")
     tries.append("quantize.leave_output_tensor: true")
