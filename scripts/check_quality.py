@@ -15,7 +15,14 @@ from lib.quality_report import LIMITS, Matrices, add_matrices, describe_types, m
 
 
 def check_quality(
-    *, model: str, measured: Path, types: list[str], matrices: Matrices, limits: dict[str, float], output: Path
+    *,
+    model: str,
+    measured: Path,
+    types: list[str],
+    auto: bool,
+    matrices: Matrices,
+    limits: dict[str, float],
+    output: Path,
 ) -> None:
     """
     Write down that all types are within the limits.
@@ -25,13 +32,14 @@ def check_quality(
         measured: figures, of measure_types.py.
         matrices: which importance matrices the types were made with.
         types: those that are held to the limits.
+        auto: that was chosen by choose_type.py.
         limits: by their settings in `quality`.
 
     Raises:
         QualityError: with the figures of each type that is not, and what to try; no file is touched.
     """
     rows = describe_types(read_json(measured), matrices)
-    if problems := refused(rows, types, limits):
+    if problems := refused(rows, types, limits, auto=auto):
         told = [f"{model} is not as good as its limits in `quality` ask for:", *problems]
         raise QualityError("\n  ".join([*told, f"all files are kept; all figures are in {measured}"]))
     write_json(output, {"types": types, "limits": limits})
@@ -57,6 +65,7 @@ def main() -> None:
             model=arguments.model,
             measured=arguments.measured,
             types=arguments.types or [read_chosen(arguments.chosen)],
+            auto=arguments.chosen is not None,
             matrices=matrices_from(arguments),
             limits=limits,
             output=arguments.output,

@@ -147,7 +147,8 @@ def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:
     tuning = report["tuning"]
     if tuning and "reason" in tuning:
         held_out = f"The held-out training data ({tuning['samples']} samples)"
-        yield f"{held_out} do not show what tuning brought: {tuning['reason']}."
+        remedy = "hold out more by adapter.train.eval_data or eval_fraction"
+        yield f"{held_out} do not show what tuning brought: {tuning['reason']}; {remedy}."
     elif tuning:
         base, tuned = (f"{tuning[role]['perplexity']:.2f} ± {tuning[role]['error']:.2f}" for role in ("base", "tuned"))
         yield (
@@ -189,13 +190,16 @@ def outside(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
     return told
 
 
-def refused(rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping[str, float]) -> list[str]:
+def refused(
+    rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping[str, float], *, auto: bool = False
+) -> list[str]:
     """
     The types that are not within the limits, a line each, and what to try.
 
     Args:
         rows: see describe_types.
         types: those that are built for use; others were only compared.
+        auto: the type was chosen by `quantize.types: auto`.
     """
     own = {row["type"]: row for row in rows if not row["variant"]}
     bad = {quant: told for quant in types if quant in own and (told := outside(own[quant], limits))}
@@ -204,8 +208,11 @@ def refused(rows: Sequence[Mapping[str, Any]], types: list[str], limits: Mapping
     lines = [f"{quant}: {'; '.join(told)}" for quant, told in bad.items()]
     good = [quant for quant, row in own.items() if quant not in bad and not outside(row, limits)]
     smallest = min(good, key=lambda quant: own[quant]["size"], default=None)
-    larger = f"a larger type ({smallest} is within the limits)" if smallest else "a larger type"
-    tries = [f"quantize.types: {larger}"]
+    # More bits are not always better: what is within the limits may be the smaller one.
+    larger = smallest is None or own[smallest]["size"] > max(own[quant]["size"] for quant in bad)
+    named = f" ({smallest} is within the limits)" if smallest else ""
+    setting = "quantize.budget: room for" if auto and larger and "q8_0" not in bad else "quantize.types:"
+    tries = [f"{setting} {'a larger' if larger else 'another'} type{named}"]
     if any(own[quant]["matrix"] == NO_MATRIX and quant not in IGNORE_IMATRIX for quant in bad):
         tries.append("quantize.imatrix.text: an importance matrix")
     tries.append("quantize.leave_output_tensor: true")
