@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,22 @@ def check_data(*, data: Path, eval_data: Path | None, output: Path) -> dict[str,
     Raises:
         DataError: the data cannot be used.
     """
-    identity = _identify(data)
+    identity, learned = _identify(data)
     if eval_data:
-        identity["eval_data"] = _identify(eval_data)
+        identity["eval_data"], held_out = _identify(eval_data)
+        seen = set(learned)
+        if known := sum(example in seen for example in held_out):
+            say(f"{eval_data}: {known} of them are trained on, in {data}; take them out, since they show memory alone")
     write_json(output, identity)
     return identity
 
 
-def _identify(path: Path) -> dict[str, Any]:
-    count = len(read_examples(path))
-    say(f"{path}: {count} examples")
-    return {"name": path.name, "examples": count, **describe_file(path)}
+def _identify(path: Path) -> tuple[dict[str, Any], list[int]]:
+    """What is written of a file, and a hash of what each of its examples says."""
+    examples = read_examples(path)
+    say(f"{path}: {len(examples)} examples")
+    said = [hash(json.dumps([example.messages, example.text])) for example in examples]
+    return {"name": path.name, "examples": len(examples), **describe_file(path)}, said
 
 
 def main() -> None:

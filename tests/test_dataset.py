@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from lib.dataset import FORMS, MOST_LISTED, DataError, Example, read_examples, read_jsonl
 
@@ -31,6 +34,18 @@ def problems(path: Path) -> list[str]:
     title, *lines = str(refused.value).splitlines()
     assert title == f"{path}:"
     return [each.strip() for each in lines]
+
+
+def test_held_out_examples_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    """In whatever form: they would be taken for what tuning brought."""
+    write(tmp_path, GOOD)
+    command = [sys.executable, str(ROOT / "scripts/check_data.py"), "--data", "talks.jsonl", "--output", "o.json"]
+    known, unknown = '{"question": "a", "answer": "b"}\n', '{"question": "a", "answer": "c"}\n'
+    for content, told in ((known + unknown, True), (unknown, False)):
+        (tmp_path / "held.jsonl").write_text(content)
+        done = subprocess.run([*command, "--eval-data=held.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+        assert ("held.jsonl: 1 of them are trained on, in talks.jsonl" in done.stderr) == told
+        assert done.returncode == 0, done.stderr
 
 
 def test_lines_are_read_with_their_numbers(tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_staged_it_does_not(project: Project, reference: Machine) -> None:
     assert merge.advice[:2] == ("quantize.path: direct", "keep_intermediates: false")
 
 
+def test_a_type_that_is_measured_is_not_told_to_be_built_directly() -> None:
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    model = config["models"]["deepseek32b"]
+    model["quantize"] = {"types": "auto", "budget": {"file": 22}}
+    model["quality"] = {"text": "data/quality.txt", "chunks": 10_000}
+    plan = preflight("m", resolve_project({**config, "models": {"m": model}}), Machine((), 0, 0, 0, 1, {".": 10**9}))
+    advice = {row.step: row.advice for row in plan.rows}
+    assert "a smaller quality.chunks" in advice["measure_types"]
+    assert not any("quantize.path: direct" in words for words in advice.values())
+
+
 def test_a_file_in_16_bits_is_not_built_directly(project: Project, reference: Machine) -> None:
     model = project.models["demo"]
     plain = replace(model, quantize=replace(model.quantize, types=("f16",), path="direct"))
@@ -218,7 +229,7 @@ def test_disk_is_that_of_all_jobs_but_what_is_let_go(reference: Machine) -> None
     fits = [job("a", disk_mb=60_000), job("b", disk_mb=40_000, removed=60 * 10**9), job("c", disk_mb=60_000)]
     assert too_large(fits, reference) == []
     assert too_large([*fits, job("d", disk_mb=10_000)], reference) == [
-        "disk: all of it takes 110.0 GB, 107.4 GB are free"
+        "disk: all of it takes 110.0 GB, 60.0 of them a; 107.4 GB are free"
     ]
 
 
@@ -238,7 +249,11 @@ def test_a_run_that_is_too_large_is_refused_before_its_first_job(tiny_base: Path
     done = run_snakemake(folder, "-j1", "models/tiny.q4_k_m.gguf")
     assert done.returncode == 1
     assert "this machine is too small for the plan (nothing was run):" in done.stderr
-    assert re.search(r"^  disk: all of it takes [0-9.]+ GB, [0-9.]+ GB are free$", done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^  disk: all of it takes [0-9.]+ GB, [0-9.]+ of them \w+ tiny; [0-9.]+ GB are free$",
+        done.stderr,
+        re.MULTILINE,
+    )
     assert re.search(r"^  train_adapter tiny \(needs [0-9.]+ GB of RAM\): RAM: ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr and snapshot(folder) == before
     done = run_snakemake(folder, "-j1", "models/tiny.q4_k_m.gguf", "--config", "force=true")

@@ -222,10 +222,23 @@ def test_a_larger_type_is_proposed_by_what_was_measured() -> None:
     assert refused(rows, ["q4_k_m"], {"max_kld": 0.05})[-1].startswith(
         "try quantize.types: a larger type (q6_k is within the limits), or "
     )
-    # Where the types are `auto`, the budget decides.
-    assert refused(rows, ["q4_k_m"], {"max_kld": 0.05}, is_auto=True)[-1].startswith(
-        "try quantize.budget: more room (q6_k is within the limits), or "
-    )
+
+
+def test_a_smaller_type_is_not_called_a_larger_one() -> None:
+    """As of the demo, whose q4_k_m is nearer to the 16-bit file than its q5_k_m."""
+    rows = [
+        {**ROW, "type": quant, "size": size, "mean_kld": kld}
+        for quant, size, kld in (("q4_k_m", 4, 0.06), ("q5_k_m", 5, 0.13))
+    ]
+    assert "try quantize.types: another type (q4_k_m is" in refused(rows, ["q5_k_m"], {"max_kld": 0.1})[-1]
+
+
+def test_a_chosen_type_becomes_larger_by_its_budget() -> None:
+    rows = [{**ROW, "type": "q4_k_m"}, {**ROW, "type": "q8_0", "size": 8, "mean_kld": 0.01}]
+    told = refused(rows, ["q4_k_m"], {"max_kld": 0.05}, is_auto=True)[-1]
+    assert told.startswith("try quantize.budget: room for a larger type (q8_0 is within the limits), or ")
+    # None is larger than q8_0.
+    assert "quantize.budget" not in refused(rows, ["q8_0"], {"max_kld": 0.001}, is_auto=True)[-1]
 
 
 def test_types_without_use_for_a_matrix_have_one_row() -> None:
@@ -412,7 +425,10 @@ def test_too_few_held_out_tokens_leave_the_rest_of_the_report(evaluator: Evaluat
     told = "3 tokens are too few to be judged by: 224 are the least"
     assert json.loads((tmp_path / "tuning.json").read_text()) == tuning == {"samples": 2, "reason": told}
     report = compose(model="t", types=NO_TYPES, matrices=Matrices(None, None), merges=None, tuning=tuning)
-    assert f"The held-out training data (2 samples) do not show what tuning brought: {told}." in write_table(report)
+    assert (
+        f"The held-out training data (2 samples) do not show what tuning brought: {told}; hold out more by"
+        in write_table(report)
+    )
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Budget:
         """As in "0.5 GiB of file"."""
         if self.file is not None:
             return f"{self.file:g} GiB of file"
-        rest = f"{self.room(cache) / 1e9:.2f} GB for the file beside {cache / 1e9:.2f} GB of keys and values"
+        rest = f"{max(self.room(cache), 0) / 1e9:.2f} GB for the file beside {cache / 1e9:.2f} GB of keys and values"
         return f"{self.gpu_memory:g} GiB of GPU memory ({rest})"
 
 

@@ -127,7 +127,9 @@ class Evaluator:
                 return Perplexity(float(found[1]), float(found[2]), context, _chunks(printed))
             if not (short := TOO_SHORT.search(printed)):
                 raise _no_figures(gguf, printed)
-        raise QualityError(f"{text} is too short: {short[1]} tokens, and {2 * contexts[-1]} are the least")
+        raise QualityError(
+            f"{text} is too short: {short[1]} tokens, and {2 * contexts[-1]} are the least; give a longer one"
+        )
 
     def perplexity_of_tokens(self, gguf: Path, tokens: Sequence[int], *, chunks: int, scratch: Path) -> Perplexity:
         """

@@ -21,6 +21,7 @@ from lib.step_needs import SMALL, heatmap_steps, needs_of, planned_steps, read_s
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
 RUN = "ollama run"
 REGISTER = "register_model"
+JUDGING = ("measure_types", "measure_tuning", "compare_merges")  # what `quality.chunks` lengthens
 LLAMA_CPP = "build_llama_cpp"  # once for all models
 
 
@@ -161,7 +162,11 @@ def too_large(jobs: Sequence[PlannedJob], machine: Machine) -> list[str]:
         held -= job.removed
     free = next(iter(machine.disk.values()))
     if fullest > free:
-        lines.append(f"disk: all of it takes {fullest / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        most = max(jobs, key=lambda job: job.needs.disk_mb)
+        lines.append(
+            f"disk: all of it takes {fullest / 1e9:.1f} GB, {most.needs.disk_mb / 1e3:.1f} of them {most.name}; "
+            f"{free / 1e9:.1f} GB are free"
+        )
     return lines
 
 
@@ -227,7 +232,10 @@ def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Ite
     elif what == "disk" and step == REGISTER:
         yield "have the server keep its models on another disk (OLLAMA_MODELS)"
     elif what == "disk":
-        if not direct:
+        if step in JUDGING:
+            yield "a smaller quality.chunks"
+        # The direct path makes no 16-bit file, which auto measures with.
+        if not direct and not model.quantize.is_auto:
             yield "quantize.path: direct"
         if not direct and keep:
             yield "keep_intermediates: false"
@@ -244,7 +252,7 @@ def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Ite
         yield "a smaller ollama.parameters.num_ctx, or a smaller type in quantize.types"
     elif what == "GPU":
         yield "merge.device: cpu"
-    elif step in ("merge_adapter", "convert_gguf", "quantize_gguf"):
+    elif step in ("merge_adapter", "convert_gguf", "quantize_gguf") and not model.quantize.is_auto:
         yield "quantize.path: direct"
     else:
         yield "close other programs"

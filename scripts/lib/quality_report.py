@@ -149,7 +149,8 @@ def describe_tuning(report: Mapping[str, Any]) -> Iterator[str]:
         return
     samples = f"{tuning['samples']} sample{'s' * (tuning['samples'] != 1)}"
     if "reason" in tuning:
-        yield f"The held-out training data ({samples}) do not show what tuning brought: {tuning['reason']}."
+        remedy = "hold out more by adapter.train.eval_data or eval_fraction"
+        yield f"The held-out training data ({samples}) do not show what tuning brought: {tuning['reason']}; {remedy}."
     else:
         base, tuned = (f"{tuning[role]['perplexity']:.2f} ± {tuning[role]['error']:.2f}" for role in ("base", "tuned"))
         yield (
@@ -209,8 +210,11 @@ def refused(
     lines = [f"{quant}: {'; '.join(told)}" for quant, told in bad.items()]
     good = [quant for quant, row in own.items() if quant not in bad and not outside(row, limits)]
     smallest = min(good, key=lambda quant: own[quant]["size"], default=None)
-    larger = "quantize.budget: more room" if is_auto else "quantize.types: a larger type"
-    tries = [f"{larger} ({smallest} is within the limits)" if smallest else larger]
+    # More bits are not always better: what is within the limits may be the smaller one.
+    larger = smallest is None or own[smallest]["size"] > max(own[quant]["size"] for quant in bad)
+    named = f" ({smallest} is within the limits)" if smallest else ""
+    setting = "quantize.budget: room for" if is_auto and larger and "q8_0" not in bad else "quantize.types:"
+    tries = [f"{setting} {'a larger' if larger else 'another'} type{named}"]
     if any(own[quant]["matrix"] == NO_MATRIX and quant not in IGNORE_IMATRIX for quant in bad):
         tries.append("quantize.imatrix.text: an importance matrix")
     tries.append("quantize.leave_output_tensor: true")
