@@ -277,24 +277,48 @@ def test_figures_are_those_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> N
     assert said["running it in Ollama"].startswith(f"{size / 1e9:.1f} GB, and {cache / 1e9:.1f} GB for a context")
 
 
+# What the guide's table came to when it was measured: language models, and heatmap models.
+COMPARED = re.findall(r"\| method \|.*?\n\n", TEXT, re.DOTALL)
+
+
 def test_measured_figures_are_in_the_measurements() -> None:
     measured = [cell for row in rows(TEXT) for cell in row if "*measured*" in cell]
-    (compared,) = re.findall(r"\| method \|.*?\n\n", TEXT, re.DOTALL)
-    figures = re.findall(
-        r"([\d.,]+)(?= GB| s\b| tokens/s| \+)", "\n".join(measured) + re.sub(r"\([^)]*\)", "", compared)
-    )
+    compared = re.sub(r"\([^)]*\)", "", "\n".join(COMPARED))
+    figures = re.findall(r"([\d.,]+)(?= GB| s\b| tokens/s| frames/s| \+)", "\n".join(measured) + compared)
     assert len(figures) > 20
     for figure in figures:
         assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d]|[.,]\d)", MEASURED), figure
 
 
 def test_shares_are_those_of_the_figures() -> None:
-    (compared,) = re.findall(r"\| method \|.*?\n\n", TEXT, re.DOTALL)
-    cells = [[_numbers(cell) for cell in row[2:]] for row in list(rows(compared))[1:]]
+    languages, _ = COMPARED
+    cells = [[_numbers(cell) for cell in row[2:]] for row in list(rows(languages))[1:]]
     for column in range(2):
         (memory, speed), *others = (row[column] for row in cells)
         for gb, percent, rate, times in others:
             assert (percent, times) == (round(100 * gb / memory), round(rate / speed, 2))
+
+
+def test_shares_of_heatmap_models_are_those_of_the_measurements() -> None:
+    _, heatmaps = COMPARED
+    section = MEASURED.partition("\n## Heatmap models compared\n")[2].partition("\n## ")[0]
+    runs = {tuple(row[:2]): row[2:] for row in rows(section) if len(row) == 7}
+    checkpointed = {tuple(row[:2]): row[5] for row in rows(MEASURED) if row[2:5] == ["bf16", "16", "yes"]}
+
+    def figures(backbone: str, method: str) -> tuple[float, float, float, float]:
+        memory, speed, _, f1, _ = map(float, runs[backbone, method])
+        return memory, float(checkpointed[backbone, method]), speed, f1
+
+    header, *methods = list(rows(heatmaps))
+    assert [row[0] for row in methods] == ["FP16", "int8", "QLoRA"]
+    for column, backbone in ((2, "ViT-S/16"), (3, "ConvNeXt-B")):
+        assert header[column].startswith(backbone)
+        memory, least, speed, _ = whole = figures(backbone, "full")
+        assert _numbers(methods[0][column]) == list(whole)
+        for row in methods[1:]:
+            each = figures(backbone, row[0].lower())
+            shares = [round(100 * each[0] / memory), round(100 * each[1] / least), round(each[2] / speed, 2), each[3]]
+            assert _numbers(row[column]) == shares
 
 
 def _numbers(cell: str) -> list[float]:

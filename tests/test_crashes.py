@@ -176,8 +176,9 @@ def test_kill_9_of_everything_at_any_moment(name: str, legs: dict[str, Leg], tmp
             assert status == 0, said(folder).read_text()
             break
         assert contents(folder) == leg.end
-        # Snakemake's own are empty folders.
-        assert not [path for path in folder.with_name("tmp").rglob("*") if path.is_file()]
+        # Snakemake's own: empty folders, and what its solver was killed over (which jobs are next).
+        left = [path for path in folder.with_name("tmp").rglob("*") if path.is_file()]
+        assert not [path for path in left if "-pulp." not in path.name]
     assert cut_short or name == FIRST, "no kill met a job at work, though one of these takes several seconds"
     assert "Nothing to be done" in run(folder, *leg.targets)
 
