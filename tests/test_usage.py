@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_programs_of_programs_count() -> None:
     child = CHILD.format(size=100 * MB, seconds=0.5)
     seen, _ = measure(f'subprocess.run(["sh", "-c", "$0 -c \\"$1\\"; true", sys.executable, {child!r}])')
     assert 100 * MB <= seen < 200 * MB
+
+
+def test_programs_that_end_while_they_are_looked_at() -> None:
+    """Nothing that `/proc` no longer holds may end a step: one look in a hundred meets such a program here."""
+    with ThreadPoolExecutor() as others:
+        ended = others.submit(lambda: [subprocess.run(["true"], check=True) for _ in range(1000)])
+        looks = 0
+        while not ended.done():
+            assert Meter().read().ram > MB
+            looks += 1
+    assert looks > 100
 
 
 @pytest.mark.gpu

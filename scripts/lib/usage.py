@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -90,13 +91,16 @@ class Meter:
 def _family(pid: int) -> Iterator[int]:
     """A process and all that it started, as far as they still run."""
     yield pid
-    for children in PROC.glob(f"{pid}/task/*/children"):
-        try:
-            found = children.read_text().split()
-        except OSError:  # ended meanwhile
-            continue
-        for child in found:
-            yield from _family(int(child))
+    with suppress(OSError):  # ended meanwhile
+        for thread in os.scandir(PROC / str(pid) / "task"):
+            for child in _children(thread):
+                yield from _family(child)
+
+
+def _children(thread: os.DirEntry[str]) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(thread, "children").read_text().split()]
+    return []
 
 
 def _memory(pid: int) -> tuple[int, int] | None:
