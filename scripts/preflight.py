@@ -16,7 +16,7 @@ from lib.config_file import read_project
 from lib.jsonfile import write_json
 from lib.machine import Machine, model_store, this_machine
 from lib.options import json_mapping
-from lib.preflight import REGISTER, Preflight, Row, planned_machine, preflight
+from lib.preflight import Preflight, Row, planned_machine, preflight
 from lib.software import Software, this_software
 from lib.toolchain import cache_folder
 
@@ -56,12 +56,13 @@ def describe(found: Preflight, *, colour: bool) -> Iterator[str]:
     yield f"{found.model}: weights in memory"
     yield "  " + "   ".join(f"{kind} {_size(size)}" for kind, size in found.formats.items())
     yield ""
-    yield f"{'step':<16} {'GPU':<12} {'RAM':>8} {'disk':>9} {'time':>8}"
+    width = max(len(row.step) for row in found.rows)
+    yield f"{'step':<{width}} {'GPU':<11} {'RAM':>8} {'disk':>9} {'time':>8}"
     for row in found.rows:
-        yield _line(row, colour=colour)
+        yield _line(row, width, colour=colour)
         yield from (f"    {lack}" for lack in row.lacks)
         yield from (f"    → {each}" for each in row.advice)
-    peak = max(entry.peak for entry in found.ledger if entry.step != REGISTER)
+    peak = max(entry.peak for entry in found.ledger)
     yield f"disk is that of all files by then; the plan takes {peak / 1e9:.1f} GB at its fullest"
 
 
@@ -69,7 +70,7 @@ def _size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _line(row: Row, *, colour: bool) -> str:
+def _line(row: Row, width: int, *, colour: bool) -> str:
     needs = row.needs
     cards = f"{needs.gpu} × {needs.gpu_mem_mb / 1000:.1f} GB" if needs.gpu else "-"
     disk = "-" if row.peak is None else f"{row.peak / 1e9:.1f} GB"
@@ -77,7 +78,7 @@ def _line(row: Row, *, colour: bool) -> str:
     word = "fits" if row.fits else "no"
     shown = f"{GREEN if row.fits else RED}{word}{PLAIN}" if colour else word
     asked = ", if asked for" if row.optional else ""
-    return f"{row.step:<16} {cards:<12} {needs.mem_mb / 1000:>5.1f} GB {disk:>9} {time:>8}  {shown}{asked}"
+    return f"{row.step:<{width}} {cards:<11} {needs.mem_mb / 1000:>5.1f} GB {disk:>9} {time:>8}  {shown}{asked}"
 
 
 def as_json(machine: Machine, software: Software | None, plans: Sequence[Preflight]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from conftest import ROOT, run_snakemake, write_project
 
 from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
-from lib.preflight import RUN, PlannedJob, Preflight, planned_machine, preflight, too_large
+from lib.preflight import JUDGING, RUN, PlannedJob, Preflight, planned_machine, preflight, too_large
 from lib.software import Finding, Software
 from lib.spec import Project, resolve_project
 
@@ -27,6 +27,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
     monkeypatch.chdir(ROOT)
     shipped = resolve_project(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
     return shipped
 
 
@@ -88,12 +89,29 @@ def test_a_type_that_is_measured_is_not_told_to_be_built_directly() -> None:
     assert not any("quantize.path: direct" in words for words in advice.values())
 
 
+def test_judging_is_told_though_it_is_no_part_of_the_plan(project: Project, reference: Machine) -> None:
+    """Its file of logits, in bytes: 80 chunks' 255 predictions of 152064 tokens, 16 bits each, as llama.cpp writes."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["models"]["deepseek32b"]["quality"] = {"text": "data/quality.txt", "chunks": 80}
+    judged = resolve_project(config)
+    without, plan = (preflight("deepseek32b", each, reference) for each in (project, judged))
+    assert not {row.step for row in without.rows} & set(JUDGING)
+    assert plan.fits and plan.ledger == without.ledger
+    rows = {row.step: row for row in plan.rows if row.optional}
+    assert list(rows) == ["register_model", RUN, "merge_adapter", "convert_gguf", "measure_types"]
+    logits = 80 * 255 * 2 * 152_064
+    assert rows["measure_types"].peak - rows["convert_gguf"].peak == pytest.approx(logits, rel=0.001)
+    assert "keep_intermediates: false" in rows["measure_types"].advice
+    roomy = replace(reference, disk={".": rows["measure_types"].peak})
+    assert all(row.fits for row in preflight("deepseek32b", judged, roomy).rows)
+
+
 def test_a_file_in_16_bits_is_not_built_directly(project: Project, reference: Machine) -> None:
     model = project.models["demo"]
     plain = replace(model, quantize=replace(model.quantize, types=("f16",), path="direct"))
     plan = preflight("demo", replace(project, models={"demo": plain}), reference)
-    steps = [row.step for row in plan.rows]
-    assert {"merge_adapter", "convert_gguf"} <= set(steps) and not {"build_direct", "quantize_gguf"} & set(steps)
+    steps = {row.step for row in plan.rows if not row.optional}
+    assert {"merge_adapter", "convert_gguf"} <= steps and not {"build_direct", "quantize_gguf"} & steps
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,6 @@ def test_the_rule_always_runs_and_takes_snakemakes_config(project: Project, tmp_
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     del config["models"]["deepseek32b"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "data").symlink_to(ROOT / "data")
     for _ in range(2):
         done = run_snakemake(tmp_path, "-j1", "preflight", "--config", "keep_intermediates=False")
         assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tiny_adapter import write_constants
 from lib.cli import usable_cores
 from lib.config_file import read_project
 from lib.quantize_path import QuantizedFile, QuantizePaths
-from lib.step_needs import Step, artifacts_of, heatmap_steps, needs_of, planned_steps, read_step
+from lib.step_needs import Step, artifacts_of, heatmap_steps, judging_steps, needs_of, planned_steps, read_step
 
 BASE = {"hub": "maker/model", "revision": "main", "shape": SHAPE}
 TRAIN = {"train": {**tiny.TRAIN, "data": "train.jsonl"}}
@@ -40,6 +41,19 @@ MODELS = {
         "base": BASE,
         "quantize": {"types": "auto", "budget": {"file": 1}},
         "quality": {"text": "read.txt", "max_kld": 1},
+    },
+    "asked": {"base": BASE, "adapter": TRAIN, "quality": {"text": "read.txt", "types": ["q8_0"]}},
+    "straight": {
+        "base": BASE,
+        "adapter": {"train": {**TRAIN["train"], "eval_fraction": 0.5}},
+        "quantize": {"path": "direct", "imatrix": {"text": "training"}},
+        "quality": {"text": "read.txt", "types": ["q6_k"], "general_text": "read.txt", "min_top1": 0.5},
+    },
+    "weighed": {
+        "base": BASE,
+        "adapter": {"train": {**TRAIN["train"], "eval_fraction": 0.5}},
+        "quantize": {"types": "auto", "budget": {"file": 1}, "imatrix": {"text": "training"}},
+        "quality": {"text": "read.txt"},
     },
     "taken": {"base": BASE, "adapter": {"path": "given"}, "quantize": {"types": ["f16"]}},
 }
@@ -102,20 +116,49 @@ def test_needs_are_those_of_the_rules(workplace: Path) -> None:
     }  # fmt: skip
 
 
+def planned_by_snakemake(folder: Path, *targets: str) -> dict[str, set[str]]:
+    """The logs of the jobs of a dry run, by model; those that are for all models by ""."""
+    done = run_snakemake(folder, "-n", *targets)
+    assert done.returncode == 0, done.stderr
+    steps: dict[str, set[str]] = defaultdict(set)
+    for name, step in re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr):
+        steps[name].add(step)
+    return steps
+
+
 def test_planned_steps_are_those_of_all(workplace: Path) -> None:
     project = read_project([Path("config.yaml")], {})
     paths = QuantizePaths(project, [])
-    done = run_snakemake(workplace, "-n", "all")
-    planned = re.findall(r"\n    log: logs/(?:(\w+)/)?(\S+)\.log", done.stdout + done.stderr)
+    planned = planned_by_snakemake(workplace, "all")
     for name, model in project.models.items():
-        steps = {step for owner, step in planned if owner in (name, "")}
         direct = paths.is_direct(QuantizedFile(name, "", model.default_quant))
-        # The matrix is no step of every model's default file.
-        assert set(planned_steps(model, direct=direct)) == steps - {
-            "render_data",
-            "check_calibration",
-            "compute_imatrix",
-        }
+        assert set(planned_steps(model, direct=direct)) == planned[name] | planned[""], name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_judging_steps_are_what_the_report_adds(keep: bool, workplace: Path) -> None:
+    """With the plan they are what one run of both has; that run keeps the 16-bit file until it is read."""
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    del config["models"]["taken"]  # whose default file is one in 16 bits, which is kept
+    Path("config.yaml").write_text(yaml.safe_dump({**config, "keep_intermediates": keep}))
+    project = read_project([Path("config.yaml")], {})
+    judged = {name: model for name, model in project.models.items() if model.quality}
+    reports = [f"reports/{name}.quality.json" for name in judged]
+    asked = planned_by_snakemake(workplace, "all", *reports)
+    for name, model in judged.items():
+        direct = model.quantize.path == "direct"
+        steps = judging_steps(model, direct=direct, keep_intermediates=keep)
+        assert {*planned_steps(model, direct=direct), *steps} == asked[name] | asked[""], name
+    assert judging_steps(project.models["staged"], direct=False, keep_intermediates=keep) == []
+
+
+def test_judging_steps_after_the_direct_path(workplace: Path) -> None:
+    """What was built directly stays; the 16-bit file and, by it, the other types are made for the report."""
+    model = read_project([Path("config.yaml")], {}).models["asked"]
+    assert judging_steps(model, direct=True, keep_intermediates=True) == [
+        "check_quality_text", "merge_adapter", "convert_gguf.f16", "quantize_gguf.q8_0", "measure_types",
+        "report_quality",
+    ]  # fmt: skip
 
 
 def test_planned_steps_of_heatmap_models_are_those_of_all(workplace: Path) -> None:

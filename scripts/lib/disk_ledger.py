@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lib import estimate, heatmap_estimate
 from lib.heatmap_spec import HeatmapModel
-from lib.spec import Model
+from lib.spec import Model, Project
+from lib.step_needs import Step, needs_of, read_step
+
+MEASURING = ("compute_imatrix", "measure_types", "measure_tuning", "compare_merges")
+READ_SOURCE = ("quantize_gguf", "compute_imatrix", "measure_types")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Entry:
     A step of a plan. Sizes in bytes.
 
     Attributes:
-        step: the rule's name.
+        step: the rule's name, with BASE where it is about the untuned base.
         added: what it leaves.
         removed: what is let go after it.
         held: what all files of the plan take afterwards.
@@ -30,16 +34,16 @@ class Entry:
     peak: int
 
 
-def disk_ledger(model: Model, *, direct: bool, keep_intermediates: bool, registered: bool = False) -> list[Entry]:
+def disk_ledger(model: Model, steps: Sequence[str], project: Project, *, held: int = 0) -> list[Entry]:
     """
-    The disk that a model's default GGUF takes on its way, a base that is there already left out.
+    The disk that a model's files take on their way, a base that is there already left out.
 
     Args:
-        direct: it is built from base and adapter alone.
-        keep_intermediates: as the config says.
-        registered: it is then registered in a server that keeps its models on the same disk.
+        steps: by the names of their logs, in their order.
+        project: that the model is of.
+        held: bytes of files that are there before.
     """
-    return _fill(_steps(model, direct, keep_intermediates, registered))
+    return _fill(_sizes(model, [read_step(step) for step in steps], project), held)
 
 
 def heatmap_ledger(model: HeatmapModel, *, keep_intermediates: bool) -> list[Entry]:
@@ -47,8 +51,8 @@ def heatmap_ledger(model: HeatmapModel, *, keep_intermediates: bool) -> list[Ent
     return _fill(_heatmap_steps(model, keep_intermediates))
 
 
-def _fill(steps: Iterator[tuple[str, int, int, int]]) -> list[Entry]:
-    entries, held = [], 0
+def _fill(steps: Iterator[tuple[str, int, int, int]], held: int = 0) -> list[Entry]:
+    entries = []
     for step, added, removed, passing in steps:
         peak = held + added + passing
         held += added - removed
@@ -71,30 +75,41 @@ def _heatmap_steps(model: HeatmapModel, keep: bool) -> Iterator[tuple[str, int, 
     yield "evaluate_heatmap", overlays, 0 if keep else written, 0
 
 
-def _steps(model: Model, direct: bool, keep: bool, registered: bool) -> Iterator[tuple[str, int, int, int]]:
+def _sizes(model: Model, steps: Sequence[Step], project: Project) -> Iterator[tuple[str, int, int, int]]:
     """Each step with what it adds, what is removed after it, and what it needs beside that while it runs."""
-    quant, base = model.default_quant, model.base
-    merged = round(estimate.weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16"))
-    source, quantized = (round(estimate.weight_bytes(model, kind)) for kind in (model.source_type, quant))
-    if base.path is None:
-        fetched = round(estimate.weight_bytes(model, "f16"))
+    # A 16-bit file is let go after the last step that reads it, a merged folder after its conversion.
+    last = {step.base: place for place, step in enumerate(steps) if step.rule in READ_SOURCE}
+    for place, step in enumerate(steps):
+        added, passing = _size(step, model, project)
+        removed = 0
+        if not project.keep_intermediates:
+            removed += _merged_bytes(model) if step.rule == "convert_gguf" and not step.base else 0
+            removed += round(estimate.weight_bytes(model, model.source_type)) if last.get(step.base) == place else 0
+        if added or removed or passing:
+            yield step.rule + step.base, added, removed, passing
+
+
+def _size(step: Step, model: Model, project: Project) -> tuple[int, int]:
+    """What a step adds, and what it needs beside that while it runs; nothing for one that leaves no large file."""
+    if step.rule == "fetch_base":
+        fetched = 0 if model.base.path else round(estimate.weight_bytes(model, "f16"))
         # Beside a checkpoint that is imported from a GGUF lies that file.
-        yield "fetch_base", fetched, 0, round(0.6 * fetched) if base.gguf or base.pypi else 0
-    if model.adapter:
-        step = "train_adapter" if model.adapter.train else "import_adapter"
-        yield step, estimate.adapter_bytes(model), 0, 0
-    if direct and quant != model.source_type:
-        yield "build_direct", quantized, 0, 10**8
-    else:
-        yield "merge_adapter", merged, 0, 0
-        yield "convert_gguf", source, 0 if keep else merged, 0
-        judged = model.quality is not None and bool(model.quality.limits)
-        if model.quantize.is_auto:
-            yield "measure_types", 0, 0, estimate.measuring_bytes(model)
-        if quant != model.source_type:
-            yield "quantize_gguf", quantized, 0 if keep or (judged and not model.quantize.is_auto) else source, 0
-        if judged and not model.quantize.is_auto:
-            yield "measure_types", 0, 0 if keep else source, estimate.measuring_bytes(model)
-    if registered:
+        return fetched, round(0.6 * fetched) if model.base.gguf or model.base.pypi else 0
+    if step.rule in ("train_adapter", "import_adapter"):
+        return estimate.adapter_bytes(model), 0
+    if step.rule == "merge_adapter":
+        return _merged_bytes(model), 0
+    if step.rule in ("convert_gguf", "quantize_gguf", "build_direct"):
+        return round(estimate.weight_bytes(model, step.types[0])), 10**8 if step.rule == "build_direct" else 0
+    if step.rule == "register_model":
         # Upload, the copy that the server writes, and the layer; one of them stays.
-        yield "register_model", quantized, 0, 3 * quantized
+        quantized = round(estimate.weight_bytes(model, model.default_quant))
+        return quantized, 3 * quantized
+    if step.rule in MEASURING:
+        needs = needs_of(step, model, project)
+        return 0, 10**6 * needs.disk_mb if needs else 0
+    return 0, 0
+
+
+def _merged_bytes(model: Model) -> int:
+    return round(estimate.weight_bytes(model, "f32" if model.merge.dtype == "float32" else "f16"))

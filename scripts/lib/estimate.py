@@ -47,6 +47,12 @@ class Needs:
     gpu: int = 0
     gpu_mem_mb: int = 0
 
+    def then(self, later: Needs) -> Needs:
+        """What this job and then another ask for."""
+        ram, gpu = max(self.mem_mb, later.mem_mb), max(self.gpu, later.gpu)
+        disk, runtime = self.disk_mb + later.disk_mb, self.runtime + later.runtime
+        return Needs(ram, disk, runtime, gpu, max(self.gpu_mem_mb, later.gpu_mem_mb))
+
 
 def shape_of(model: Model) -> Shape:
     """The model's shape; the resolver has seen to it that there is one."""

@@ -16,7 +16,7 @@ from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.sizes import CONTEXT, CUDA_BYTES, cache_bytes
 from lib.software import Software, architecture_of
 from lib.spec import Hardware, Model, Project
-from lib.step_needs import SMALL, heatmap_steps, needs_of, planned_steps, read_step
+from lib.step_needs import BASE, SMALL, heatmap_steps, judging_steps, needs_of, planned_steps, read_step
 
 FORMATS = ("fp32", "fp16", "int8", "4-bit")
 RUN = "ollama run"
@@ -31,7 +31,7 @@ class Row:
     A step of a plan on a machine.
 
     Attributes:
-        step: the rule's name, or RUN.
+        step: the rule's name, with BASE where it is about the untuned base; or RUN.
         needs: what it asks for.
         peak: bytes of disk that the plan takes while it runs; None for what is not built.
         lacks: what is too small, in words; empty if it fits.
@@ -59,7 +59,7 @@ class Preflight:
     Attributes:
         formats: bytes of its weights in memory, by FORMATS.
         rows: of its steps.
-        ledger: how the disk fills, registering included.
+        ledger: how the disk fills by what is planned.
     """
 
     model: str
@@ -92,18 +92,25 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
     model = project.models[name]
     direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
     keep = project.keep_intermediates
-    ledger = disk_ledger(model, direct=direct, keep_intermediates=keep, registered=True)
-    peaks = {entry.step: entry.peak for entry in ledger}
-    free = next(iter(machine.disk.values()))
+    planned = planned_steps(model, direct=direct)
+    ledger = disk_ledger(model, planned, project)
+    # What is not planned starts from what the plan leaves.
+    judging = judging_steps(model, direct=direct, keep_intermediates=keep)
+    later = [disk_ledger(model, steps, project, held=ledger[-1].held) for steps in ([REGISTER], judging)]
     threads = machine.cores or estimate.THREADS
+    needed = [(step, needs, ledger, False) for step, needs in _needed(planned, model, project, threads)]
+    needed += [(step, needs, later[0], True) for step, needs in _needed([REGISTER], model, project, threads)]
+    needed += [(RUN, _run_needs(model, machine), [], True)]
+    needed += [(step, needs, later[1], True) for step, needs in _needed(judging, model, project, threads)]
+    free = next(iter(machine.disk.values()))
     rows = []
-    steps = [*_steps(model, project, threads, direct=direct), (RUN, _run_needs(model, machine))]
-    for step, needs in steps:
-        lacks = [*_lacks(needs, machine), *_lacks_disk(peaks.get(step), free)]
+    for step, needs, entries, optional in needed:
+        peak = max((entry.peak for entry in entries if entry.step == step), default=None)
+        lacks = [*_lacks(needs, machine), *_lacks_disk(peak, free)]
         lacks += _lacks_software(step, name, model, software) if software else []
-        advice = tuple(dict.fromkeys(word for lack in lacks for word in _advice(step, lack, model, direct, keep)))
-        optional = step in (REGISTER, RUN)
-        rows.append(Row(step, needs, peaks.get(step), tuple(lacks), advice, optional))
+        copies = not direct or optional  # judging has the 16-bit files made
+        words = (word for lack in lacks for word in _advice(step, lack, model, direct, keep and copies))
+        rows.append(Row(step, needs, peak, tuple(lacks), tuple(dict.fromkeys(words)), optional))
     shape = estimate.shape_of(model)
     formats = {kind: estimate.held_bytes(shape, kind) for kind in FORMATS}
     return Preflight(name, formats, tuple(rows), tuple(ledger))
@@ -170,13 +177,14 @@ def too_large(jobs: Sequence[PlannedJob], machine: Machine) -> list[str]:
     return lines
 
 
-def _steps(model: Model, project: Project, threads: int, *, direct: bool) -> Iterator[tuple[str, Needs]]:
-    """The steps of a model's default GGUF and Modelfile that need more than little, and registering it."""
-    for planned in (*planned_steps(model, direct=direct), REGISTER):
-        step = read_step(planned)
-        needs = needs_of(step, model, project, threads)
+def _needed(steps: Sequence[str], model: Model, project: Project, threads: int) -> Iterator[tuple[str, Needs]]:
+    """Those that need more than little; files of several types are made one after the other."""
+    found: dict[str, Needs] = {}
+    for step in map(read_step, steps):
+        needs, name = needs_of(step, model, project, threads), step.rule + step.base
         if needs and step.rule not in (*SMALL, LLAMA_CPP):
-            yield step.rule, needs
+            found[name] = found[name].then(needs) if name in found else needs
+    yield from found.items()
 
 
 def _run_needs(model: Model, machine: Machine) -> Needs:
@@ -222,9 +230,9 @@ def _lacks_bitsandbytes(step: str, method: str, software: Software) -> Iterator[
         yield f"bitsandbytes: {software.bitsandbytes.text}"
 
 
-def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Iterator[str]:
-    """What to change for a step that does not fit."""
-    what = lack.partition(":")[0]
+def _advice(step: str, lack: str, model: Model, direct: bool, copies: bool) -> Iterator[str]:
+    """What to change for a step that does not fit; with `copies`, intermediate files are kept."""
+    what, step = lack.partition(":")[0], step.removesuffix(BASE)
     if what == "llama.cpp":
         yield "llama_cpp.path: a llama.cpp that works here and knows the base"
     elif what == "bitsandbytes":
@@ -237,7 +245,7 @@ def _advice(step: str, lack: str, model: Model, direct: bool, keep: bool) -> Ite
         # The direct path makes no 16-bit file, which auto measures with.
         if not direct and not model.quantize.is_auto:
             yield "quantize.path: direct"
-        if not direct and keep:
+        if copies:
             yield "keep_intermediates: false"
         yield "free some disk"
     elif step == "train_adapter" and model.adapter and model.adapter.train:

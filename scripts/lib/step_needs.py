@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import estimate, heatmap_estimate
+from lib.budget import AUTO
 from lib.estimate import Needs
 from lib.heatmap_spec import HeatmapModel
-from lib.quantize_path import JOIN
+from lib.quantize_path import DIRECT_RULE, JOIN, STAGED_RULE
 from lib.spec import Model, Project
 
 SMALL = (
@@ -124,19 +125,86 @@ def artifacts_of(step: Step, name: str) -> Sequence[Path]:
 
 def planned_steps(model: Model, *, direct: bool) -> list[str]:
     """The steps of `all` for a model, in their order, by the names of their logs."""
-    quant, steps = model.default_quant, ["build_llama_cpp", "fetch_base", "check_base"]
-    measured = ["check_quality_text", "measure_types"]
+    chain = _Chain(model, direct=direct)
+    chain.add("build_llama_cpp", "fetch_base", "check_base")
     if model.adapter:
-        steps += ["check_data", "train_adapter"] if model.adapter.train else ["import_adapter"]
-    if direct and quant != model.source_type:
-        steps += [f"build_direct.{quant}"]
-    else:
-        steps += ["merge_adapter", f"convert_gguf.{model.source_type}"]
-        steps += [*measured, "choose_type"] if model.quantize.is_auto else []
-        steps += [f"quantize_gguf.{quant}"] if quant != model.source_type else []
+        chain.add(*["check_data", "train_adapter"] if model.adapter.train else ["import_adapter"])
+    chain.add_gguf(model.default_quant)
     if model.quality and model.quality.limits:
-        steps += [step for step in (*measured, "check_quality") if step not in steps]
-    return [*steps, "render_modelfile"]
+        chain.add_measuring()
+        chain.add("check_quality")
+    chain.add("render_modelfile")
+    return chain.steps
+
+
+def judging_steps(model: Model, *, direct: bool, keep_intermediates: bool) -> list[str]:
+    """What a model's report on quality takes after `planned_steps`; nothing where no `quality` is set."""
+    if model.quality is None:
+        return []
+    # The report needs the 16-bit file, so that `auto` makes what is not there yet by that.
+    chain = _Chain(model, direct=model.quantize.path == "direct")
+    chain.add_measuring()
+    if model.quality.base_weights:
+        chain.add("compare_merges")
+    if model.holds_out:
+        chain.add_gguf(model.default_quant, ".base")
+        chain.add("render_data", "measure_tuning")
+    chain.add("report_quality")
+    there = set(planned_steps(model, direct=direct))
+    there |= {step.replace(DIRECT_RULE, STAGED_RULE) for step in there}
+    if not keep_intermediates and "measure_types" not in there:
+        there -= {"merge_adapter", f"convert_gguf.{model.source_type}"}
+    return [step for step in chain.steps if step not in there]
+
+
+class _Chain:
+    """The steps that a model's files take, each once and after those that it needs, by the names of their logs."""
+
+    def __init__(self, model: Model, *, direct: bool) -> None:
+        self._model = model
+        self._direct = direct
+        self._steps: dict[str, None] = {}
+
+    @property
+    def steps(self) -> list[str]:
+        return list(self._steps)
+
+    def add(self, *steps: str) -> None:
+        self._steps |= dict.fromkeys(steps)
+
+    def add_gguf(self, quant: str, base: str = "") -> None:
+        """A file of the model, or of its base if `base` is BASE."""
+        model = self._model
+        if quant == model.source_type:
+            self.add(*([] if base else ["merge_adapter"]), f"convert_gguf{base}.{quant}")
+            return
+        if not self._direct:
+            self.add_gguf(model.source_type, base)
+        if quant == AUTO:
+            self.add_measuring()
+            self.add("choose_type")
+        if model.quantize.uses_imatrix(quant):
+            self._add_matrix(base)
+        self.add(f"{DIRECT_RULE if self._direct else STAGED_RULE}{base}.{quant}")
+
+    def add_measuring(self) -> None:
+        """Comparing the model's types with its 16-bit file."""
+        quantize = self._model.quantize
+        self.add("check_quality_text")
+        self.add_gguf(self._model.source_type)
+        if not quantize.is_auto:
+            for quant in self._model.compared_types:
+                self.add_gguf(quant)
+        elif quantize.uses_imatrix(AUTO):
+            self._add_matrix("")
+        self.add("measure_types")
+
+    def _add_matrix(self, base: str) -> None:
+        quantize = self._model.quantize
+        self.add(*["render_data"] if quantize.imatrix and quantize.imatrix.of_training else [], "check_calibration")
+        source = quantize.imatrix_source(directly=self._direct)
+        self.add_gguf(self._model.source_type if source == "f16" else source, base)
+        self.add(f"compute_imatrix{base}")
 
 
 def heatmap_steps(model: HeatmapModel) -> list[str]:
