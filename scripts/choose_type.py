@@ -29,7 +29,7 @@ def choose_type(*, measured: Path, budget: Budget, cache: int, output: Path) -> 
         BudgetError: none of the measured types fits.
     """
     words = budget.describe(cache)
-    row = choose(read_json(measured)["types"], budget.room(cache), words)
+    row = choose(read_json(measured)["types"], budget, cache)
     chosen = {**{key: row[key] for key in ("type", "size", "sha256", *FIGURES)}, "budget": words}
     write_json(output, chosen)
     say(

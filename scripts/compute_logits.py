@@ -70,7 +70,7 @@ def compute_logits(
     )
     start = start_token(base, read)
     held = describe_weights(settings)
-    say(f"computing the logits of {adapter or base} on {held}, over {read.chunks} chunks, on {device}")
+    say(f"computing the logits of {adapter or base} on {held}, {read.chunks} × {read.context} tokens, on {device}")
     with finished_file(output) as partial, ExitStack() as cleanup:
         try:
             if device == "cuda":

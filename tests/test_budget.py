@@ -37,13 +37,16 @@ ROWS = [
 @pytest.mark.parametrize(("room", "quant"), [(10_000, "q8_0"), (800, "q8_0"), (799, "q4_k_m"), (399, "q2_k")])
 def test_the_nearest_of_what_fits_is_taken(room: int, quant: str) -> None:
     """More bits are not always nearer, and files made for the comparison alone do not count."""
-    assert choose(ROWS, room, "x")["type"] == quant
+    assert choose(ROWS, Budget(room / GIB, None), 0)["type"] == quant
 
 
 def test_nothing_that_fits_is_told_with_what_there_is() -> None:
     with pytest.raises(BudgetError) as refused:
-        choose(ROWS, 199, "0.1 GiB of file")
-    assert "no type fits quantize.budget, 0.1 GiB of file: q2_k, the smallest that was measured" in str(refused.value)
+        choose(ROWS, Budget(199 / GIB, None), 0)
+    assert "GiB of file: q2_k, the smallest that was measured" in str(refused.value)
+    assert "num_ctx" not in str(refused.value)
+    with pytest.raises(BudgetError, match="raise quantize.budget, lower ollama.parameters.num_ctx, or name smaller"):
+        choose(ROWS, Budget(None, 1), 10**9)
 
 
 def budgeted(**changes: Any) -> Model:

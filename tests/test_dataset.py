@@ -44,7 +44,7 @@ def test_held_out_examples_that_are_trained_on_are_told(tmp_path: Path) -> None:
     for content, told in ((known + unknown, True), (unknown, False)):
         (tmp_path / "held.jsonl").write_text(content)
         done = subprocess.run([*command, "--eval-data=held.jsonl"], cwd=tmp_path, capture_output=True, text=True)
-        assert ("held.jsonl: 1 of them are trained on, in talks.jsonl" in done.stderr) == told
+        assert ("held.jsonl: 1 of 2 examples stand in talks.jsonl as well" in done.stderr) == told
         assert done.returncode == 0, done.stderr
 
 

@@ -474,7 +474,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     ),
     "budget that the cache alone fills": (
         "m.quantize: {types: auto, budget: {gpu_memory: 0.5}}\nm.quality: {text: read.txt}",
-        "GiB; raise it, lower ollama.parameters.num_ctx, or name smaller types in quality.types",
+        "GiB; raise quantize.budget, lower ollama.parameters.num_ctx, or name smaller types in quality.types",
         "m.quantize.budget",
     ),
     "quality on a GPU that is not planned": (

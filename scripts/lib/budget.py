@@ -57,6 +57,12 @@ class Budget:
         rest = f"{max(self.room(cache), 0) / 1e9:.2f} GB for the file beside {cache / 1e9:.2f} GB of keys and values"
         return f"{self.gpu_memory:g} GiB of GPU memory ({rest})"
 
+    @property
+    def remedy(self) -> str:
+        """What to change where no type fits."""
+        cache = "" if self.file is not None else "lower ollama.parameters.num_ctx, "
+        return f"raise quantize.budget, {cache}or name smaller types in quality.types"
+
 
 def candidates(shape: Shape, room: int, types: Iterable[str]) -> list[str]:
     """The types that are measured, large ones first: as many as MEASURED of those that may fit."""
@@ -66,24 +72,24 @@ def candidates(shape: Shape, room: int, types: Iterable[str]) -> list[str]:
     return sorted(fitting, key=lambda quant: -sizes[quant])[:MEASURED]
 
 
-def choose(rows: Sequence[Mapping[str, Any]], room: int, budget: str) -> Mapping[str, Any]:
+def choose(rows: Sequence[Mapping[str, Any]], budget: Budget, cache: int) -> Mapping[str, Any]:
     """
     The type with the least divergence of those that fit.
 
     Args:
         rows: figures of measure_types.py.
-        room: bytes that the file may have.
-        budget: the same in words.
+        budget: how large the file may be.
+        cache: of the keys and values, in bytes.
 
     Raises:
         BudgetError: none fits.
     """
     own = [row for row in rows if not row["variant"]]
-    fitting = [row for row in own if row["size"] <= room]
+    fitting = [row for row in own if row["size"] <= budget.room(cache)]
     if not fitting:
         least = min(own, key=lambda row: row["size"])
         raise BudgetError(
-            f"no type fits quantize.budget, {budget}: {least['type']}, the smallest that was measured, has "
-            f"{least['size'] / GIB:.3f} GiB; raise the budget, or name smaller types in quality.types"
+            f"no type fits quantize.budget, {budget.describe(cache)}: {least['type']}, the smallest that was measured, "
+            f"has {least['size'] / GIB:.3f} GiB; {budget.remedy}"
         )
     return min(fitting, key=lambda row: (row["mean_kld"], row["size"]))

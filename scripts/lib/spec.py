@@ -412,10 +412,9 @@ def _resolve_types(where: str, model: dict[str, Any]) -> Iterator[str]:
     quantize["candidates"] = candidates(built, budget.room(cache), types)
     if not quantize["candidates"] and set(types) <= BITS_PER_WEIGHT.keys():
         least = min(types, key=lambda quant: file_bytes(built, quant))
-        remedy = "raise it" if budget.file is not None else "raise it, lower ollama.parameters.num_ctx"
         yield (
             f"{where}.budget: no type fits {budget.describe(cache)}: {least}, the smallest, comes to about "
-            f"{file_bytes(built, least) / GIB:.3f} GiB; {remedy}, or name smaller types in quality.types"
+            f"{file_bytes(built, least) / GIB:.3f} GiB; {budget.remedy}"
         )
 
 
