@@ -187,6 +187,15 @@ def test_the_script(tmp_path: Path) -> None:
     assert plan["machine"]["ram"] == 48 * GIB
 
 
+def test_the_longest_name_of_a_step_leaves_lines_of_80_columns() -> None:
+    quality = {"text": "data/quality.txt", "base_weights": True}
+    train = {"data": "data/demo.jsonl", "method": "qlora", "eval_fraction": 0.1}
+    model = {"quality": quality, "adapter": {"train": train}, "quantize": {"imatrix": {"text": "training"}}}
+    done = run("--planned", "--model", "deepseek32b", "--changes", json.dumps({"models": {"deepseek32b": model}}))
+    assert done.returncode == 1 and "compute_imatrix.base" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 def test_a_plan_that_does_not_fit_ends_with_1(tmp_path: Path) -> None:
     changes = '{"hardware": {"gpus": [24, 24], "ram": 48, "disk": 50}}'
     done = run("--planned", "--model", "deepseek32b", "--changes", changes)

@@ -49,6 +49,11 @@ MODELS = {
         "quantize": {"path": "direct", "imatrix": {"text": "training"}},
         "quality": {"text": "read.txt", "types": ["q6_k"], "general_text": "read.txt", "min_top1": 0.5},
     },
+    "whole": {
+        "base": BASE,
+        "quantize": {"types": ["f16", "q8_0"], "path": "direct"},
+        "quality": {"text": "read.txt", "max_kld": 1},
+    },
     "weighed": {
         "base": BASE,
         "adapter": {"train": {**TRAIN["train"], "eval_fraction": 0.5}},
@@ -139,7 +144,8 @@ def test_planned_steps_are_those_of_all(workplace: Path) -> None:
 def test_judging_steps_are_what_the_report_adds(keep: bool, workplace: Path) -> None:
     """With the plan they are what one run of both has; that run keeps the 16-bit file until it is read."""
     config = yaml.safe_load(Path("config.yaml").read_text())
-    del config["models"]["taken"]  # whose default file is one in 16 bits, which is kept
+    for name in ("taken", "whole"):  # whose default file is one in 16 bits, which is kept
+        del config["models"][name]
     Path("config.yaml").write_text(yaml.safe_dump({**config, "keep_intermediates": keep}))
     project = read_project([Path("config.yaml")], {})
     judged = {name: model for name, model in project.models.items() if model.quality}

@@ -124,8 +124,13 @@ def artifacts_of(step: Step, name: str) -> Sequence[Path]:
 
 
 def planned_steps(model: Model, *, direct: bool) -> list[str]:
-    """The steps of `all` for a model, in their order, by the names of their logs."""
-    chain = _Chain(model, direct=direct)
+    """
+    The steps of `all` for a model, in their order, by the names of their logs.
+
+    Args:
+        direct: whether its default file is built directly, which one in 16 bits never is.
+    """
+    chain = _Chain(model, direct=direct or model.quantize.path == "direct")
     chain.add("build_llama_cpp", "fetch_base", "check_base")
     if model.adapter:
         chain.add(*["check_data", "train_adapter"] if model.adapter.train else ["import_adapter"])
