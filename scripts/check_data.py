@@ -33,8 +33,8 @@ def check_data(*, data: Path, eval_data: Path | None, output: Path) -> dict[str,
         identity["eval_data"], held_out = _identify(eval_data)
         seen = set(learned)
         if known := sum(example in seen for example in held_out):
-            share = f"{known} of {len(held_out)} examples"
-            say(f"{eval_data}: {share} stand in {data} as well; take them out, since they show memory alone")
+            of_all = f"{known} of {len(held_out)} examples"
+            say(f"{eval_data}: {of_all} stand in {data} as well; take them out, since they show memory alone")
     write_json(output, identity)
     return identity
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.calibration import CHUNK_TOKENS, identify_text
+from lib.calibration import identify_text
 from lib.cli import UsageError, run_script, script_parser
 from lib.code import code_digest
 from lib.console import say
@@ -143,8 +143,7 @@ def measure_types(
             logits = folder / LOGITS
             judgement = asdict(evaluator.perplexity(reference, text, chunks=chunks, logits=logits))
             said = _keep(known, "reference", setup, {**_facts(reference), **judgement})
-            of = f"{said['chunks']} × {CHUNK_TOKENS} tokens"
-            say(f"perplexity {said['perplexity']:.4f} ± {said['error']:.4f} in {of}")
+            say(f"perplexity {said['perplexity']:.4f} ± {said['error']:.4f} over {said['chunks']} of {chunks} chunks")
             for candidate in missing:
                 gguf = candidate.gguf or recipe.make(candidate, reference, folder)
                 figures = {**_facts(gguf), **asdict(evaluator.divergence(gguf, logits))}

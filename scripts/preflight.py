@@ -74,11 +74,15 @@ def _line(row: Row, width: int, *, colour: bool) -> str:
     needs = row.needs
     cards = f"{needs.gpu} × {needs.gpu_mem_mb / 1000:.1f} GB" if needs.gpu else "-"
     disk = "-" if row.peak is None else f"{row.peak / 1e9:.1f} GB"
-    time = f"{needs.runtime} min" if needs.runtime else "-"
+    time = _time(needs.runtime) if needs.runtime else "-"
     word = "fits" if row.fits else "no"
     shown = f"{GREEN if row.fits else RED}{word}{PLAIN}" if colour else word
     asked = ", if asked for" if row.optional else ""
     return f"{row.step:<{width}} {cards:<11} {needs.mem_mb / 1000:>5.1f} GB {disk:>9} {time:>8}  {shown}{asked}"
+
+
+def _time(minutes: int) -> str:
+    return f"{minutes} min" if minutes < 10_000 else f"{minutes / 60:.0f} h"
 
 
 def as_json(machine: Machine, software: Software | None, plans: Sequence[Preflight]) -> dict[str, Any]:

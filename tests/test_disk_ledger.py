@@ -127,6 +127,16 @@ def test_the_base_is_built_for_what_tuning_brought() -> None:
     assert entries[-1].peak == pytest.approx(built + LOGITS, abs=10**6)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_matrix_that_q8_0_computes_takes_no_16_bit_file(keep: bool) -> None:
+    """On the direct path there is none, and so none that is let go."""
+    project = make(keep=keep, quantize={"imatrix": {"text": "read.txt"}})
+    entries = ledger(project, direct=True)[2:]
+    assert [entry.step for entry in entries] == ["build_direct", "compute_imatrix", "build_direct"]
+    assert not any(entry.removed for entry in entries)
+    assert entries[-1].held == BASE + ADAPTER + round(PARAMETERS * 8.5 / 8) + QUANTIZED
+
+
 def test_nothing_is_judged_without_a_text() -> None:
     assert judged(make(), direct=True) == []
 

@@ -18,7 +18,7 @@ from lib.estimate import Needs
 from lib.machine import GIB, Card, Machine
 from lib.preflight import JUDGING, RUN, PlannedJob, Preflight, planned_machine, preflight, too_large
 from lib.software import Finding, Software
-from lib.spec import Project, resolve_project
+from lib.spec import Hardware, Project, resolve_project
 
 
 @pytest.fixture
@@ -106,6 +106,45 @@ def test_judging_is_told_though_it_is_no_part_of_the_plan(project: Project, refe
     assert all(row.fits for row in preflight("deepseek32b", judged, roomy).rows)
 
 
+QUALITY = {"text": "data/quality.txt"}
+KEEP, DIRECT = "keep_intermediates: false", "quantize.path: direct"
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "advice"),
+    [
+        ({"quantize": {"path": "staged"}}, "merge_adapter", (DIRECT, KEEP)),
+        ({"quality": {**QUALITY, "max_kld": 0.1}}, "merge_adapter", (KEEP,)),
+        ({"quality": {**QUALITY, "max_kld": 0.1}, "quantize": {"path": "direct"}}, "convert_gguf", (KEEP,)),
+        ({"quantize": {"types": ["f16", "q8_0"], "path": "staged"}}, "merge_adapter", ()),
+        ({"quality": {**QUALITY, "chunks": 1}}, "measure_types", (KEEP,)),
+        ({"quality": {**QUALITY, "chunks": 5000}}, "measure_types", (KEEP, "a smaller quality.chunks")),
+    ],
+)
+def test_advice_on_disk_is_what_takes_less(model: dict[str, object], step: str, advice: tuple[str, ...]) -> None:
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    config["models"]["deepseek32b"] |= model
+    judged = resolve_project(config)
+    plan = preflight("deepseek32b", judged, planned_machine(replace(judged.hardware, disk=50)))
+    row = next(row for row in plan.rows if row.step == step)
+    assert row.advice == (*advice, "free some disk")
+
+
+def test_other_advice_is_of_what_the_step_follows() -> None:
+    def advised(hardware: dict[str, object], **model: object) -> dict[str, str]:
+        config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+        config["models"]["deepseek32b"] |= model
+        config["llama_cpp"] = {"cmake_flags": ["-DGGML_CUDA=ON"]}
+        plan = preflight("deepseek32b", resolve_project(config), planned_machine(Hardware(**hardware)))
+        return {row.step: row.advice[0] for row in plan.rows if row.advice}
+
+    merges = {"quality": {**QUALITY, "device": "cuda", "base_weights": True}}
+    cards = advised({"gpus": (1,), "ram": 512, "disk": 1000}, **merges)
+    assert (cards["measure_types"], cards["compare_merges"]) == ("quality.device: cpu", "quality.base_weights: false")
+    direct = {"quality": QUALITY, "quantize": {"path": "direct"}}
+    assert advised({"gpus": (24, 24), "ram": 2, "disk": 1000}, **direct)["convert_gguf"] == "close other programs"
+
+
 def test_a_file_in_16_bits_is_not_built_directly(project: Project, reference: Machine) -> None:
     model = project.models["demo"]
     plain = replace(model, quantize=replace(model.quantize, types=("f16",), path="direct"))
@@ -188,11 +227,13 @@ def test_the_script(tmp_path: Path) -> None:
 
 
 def test_the_longest_name_of_a_step_leaves_lines_of_80_columns() -> None:
-    quality = {"text": "data/quality.txt", "base_weights": True}
+    quality: dict[str, object] = {"text": "data/quality.txt", "base_weights": True}
     train = {"data": "data/demo.jsonl", "method": "qlora", "eval_fraction": 0.1}
     model = {"quality": quality, "adapter": {"train": train}, "quantize": {"imatrix": {"text": "training"}}}
-    done = run("--planned", "--model", "deepseek32b", "--changes", json.dumps({"models": {"deepseek32b": model}}))
-    assert done.returncode == 1 and "compute_imatrix.base" in done.stdout
+    roomy = {"hardware": {"gpus": [24, 24], "ram": 48, "disk": 9000}, "models": {"deepseek32b": model}}
+    quality["chunks"] = 2000
+    done = run("--planned", "--model", "deepseek32b", "--changes", json.dumps(roomy))
+    assert done.returncode == 0 and "compute_imatrix.base" in done.stdout and " h  fits, if asked for" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

@@ -54,6 +54,11 @@ MODELS = {
         "quantize": {"types": ["f16", "q8_0"], "path": "direct"},
         "quality": {"text": "read.txt", "max_kld": 1},
     },
+    "brain": {
+        "base": BASE,
+        "quantize": {"types": ["bf16", "q8_0"]},
+        "quality": {"text": "read.txt", "min_top1": 0.5},
+    },
     "weighed": {
         "base": BASE,
         "adapter": {"train": {**TRAIN["train"], "eval_fraction": 0.5}},
@@ -144,7 +149,7 @@ def test_planned_steps_are_those_of_all(workplace: Path) -> None:
 def test_judging_steps_are_what_the_report_adds(keep: bool, workplace: Path) -> None:
     """With the plan they are what one run of both has; that run keeps the 16-bit file until it is read."""
     config = yaml.safe_load(Path("config.yaml").read_text())
-    for name in ("taken", "whole"):  # whose default file is one in 16 bits, which is kept
+    for name in () if keep else ("taken", "whole", "brain"):  # whose default file is one in 16 bits
         del config["models"][name]
     Path("config.yaml").write_text(yaml.safe_dump({**config, "keep_intermediates": keep}))
     project = read_project([Path("config.yaml")], {})

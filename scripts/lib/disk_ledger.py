@@ -77,8 +77,9 @@ def _heatmap_steps(model: HeatmapModel, keep: bool) -> Iterator[tuple[str, int, 
 
 def _sizes(model: Model, steps: Sequence[Step], project: Project) -> Iterator[tuple[str, int, int, int]]:
     """Each step with what it adds, what is removed after it, and what it needs beside that while it runs."""
-    # A 16-bit file is let go after the last step that reads it, a merged folder after its conversion.
-    last = {step.base: place for place, step in enumerate(steps) if step.rule in READ_SOURCE}
+    # A 16-bit file that is made is let go after the last step that reads it, a merged folder after its conversion.
+    made = {step.base for step in steps if step.rule == "convert_gguf"}
+    last = {step.base: place for place, step in enumerate(steps) if step.rule in READ_SOURCE and step.base in made}
     for place, step in enumerate(steps):
         added, passing = _size(step, model, project)
         removed = 0

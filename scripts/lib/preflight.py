@@ -11,7 +11,9 @@ from lib import estimate, heatmap_estimate
 from lib.disk_ledger import Entry, disk_ledger, heatmap_ledger
 from lib.estimate import Needs
 from lib.heatmap_spec import HeatmapModel
+from lib.logits_file import logits_bytes
 from lib.machine import GIB, Card, Machine
+from lib.quant_types import SOURCE_TYPES
 from lib.quantize_path import QuantizedFile, QuantizePaths
 from lib.sizes import CONTEXT, CUDA_BYTES, cache_bytes
 from lib.software import Software, architecture_of
@@ -23,6 +25,8 @@ RUN = "ollama run"
 REGISTER = "register_model"
 JUDGING = ("measure_types", "measure_tuning", "compare_merges")  # what `quality.chunks` lengthens
 LLAMA_CPP = "build_llama_cpp"  # once for all models
+# What may be advised of disk.
+DIRECT, LET_GO, CHUNKS = "quantize.path: direct", "keep_intermediates: false", "a smaller quality.chunks"
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,10 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
         return _preflight_heatmap(name, project, machine, software)
     model = project.models[name]
     direct = QuantizePaths(project, []).is_direct(QuantizedFile(name, "", model.default_quant))
-    keep = project.keep_intermediates
     planned = planned_steps(model, direct=direct)
     ledger = disk_ledger(model, planned, project)
     # What is not planned starts from what the plan leaves.
-    judging = judging_steps(model, direct=direct, keep_intermediates=keep)
+    judging = judging_steps(model, direct=direct, keep_intermediates=project.keep_intermediates)
     later = [disk_ledger(model, steps, project, held=ledger[-1].held) for steps in ([REGISTER], judging)]
     threads = machine.cores or estimate.THREADS
     needed = [(step, needs, ledger, False) for step, needs in _needed(planned, model, project, threads)]
@@ -108,8 +111,9 @@ def preflight(name: str, project: Project, machine: Machine, software: Software 
         peak = max((entry.peak for entry in entries if entry.step == step), default=None)
         lacks = [*_lacks(needs, machine), *_lacks_disk(peak, free)]
         lacks += _lacks_software(step, name, model, software) if software else []
-        copies = not direct or optional  # judging has the 16-bit files made
-        words = (word for lack in lacks for word in _advice(step, lack, model, direct, keep and copies))
+        helpful = _spares(model, project, judging if optional else planned, optional=optional)
+        helpful += [CHUNKS] if peak and _spends_on_logits(step, model, project, peak - free) else []
+        words = (word for lack in lacks for word in _advice(step, lack, model, helpful))
         rows.append(Row(step, needs, peak, tuple(lacks), tuple(dict.fromkeys(words)), optional))
     shape = estimate.shape_of(model)
     formats = {kind: estimate.held_bytes(shape, kind) for kind in FORMATS}
@@ -230,8 +234,25 @@ def _lacks_bitsandbytes(step: str, method: str, software: Software) -> Iterator[
         yield f"bitsandbytes: {software.bitsandbytes.text}"
 
 
-def _advice(step: str, lack: str, model: Model, direct: bool, copies: bool) -> Iterator[str]:
-    """What to change for a step that does not fit; with `copies`, intermediate files are kept."""
+def _spares(model: Model, project: Project, steps: Sequence[str], *, optional: bool) -> list[str]:
+    """Which settings would spare 16-bit files that these steps make, or let them go."""
+    if model.default_quant in SOURCE_TYPES or not any(read_step(step).rule == "convert_gguf" for step in steps):
+        return []
+    # Judging reads the 16-bit file, however the others are built; and mixtures of experts are not built directly.
+    needed = optional or "measure_types" in steps or estimate.shape_of(model).num_experts
+    spared = [] if needed or model.quantize.path == "direct" else [DIRECT]
+    return [*spared, *([LET_GO] if project.keep_intermediates else [])]
+
+
+def _spends_on_logits(step: str, model: Model, project: Project, lacking: int) -> bool:
+    """Whether logits are half of what is lacking at least."""
+    if step not in JUDGING or model.quality is None or model.quality.chunks == 1:
+        return False
+    return 2 * logits_bytes(vocabulary=estimate.shape_of(model).vocab_size, chunks=model.quality.chunks) >= lacking
+
+
+def _advice(step: str, lack: str, model: Model, helpful: Sequence[str]) -> Iterator[str]:
+    """What to change for a step that does not fit; `helpful` are settings by which it takes less disk."""
     what, step = lack.partition(":")[0], step.removesuffix(BASE)
     if what == "llama.cpp":
         yield "llama_cpp.path: a llama.cpp that works here and knows the base"
@@ -240,13 +261,7 @@ def _advice(step: str, lack: str, model: Model, direct: bool, copies: bool) -> I
     elif what == "disk" and step == REGISTER:
         yield "have the server keep its models on another disk (OLLAMA_MODELS)"
     elif what == "disk":
-        if step in JUDGING:
-            yield "a smaller quality.chunks"
-        # The direct path makes no 16-bit file, which auto measures with.
-        if not direct and not model.quantize.is_auto:
-            yield "quantize.path: direct"
-        if copies:
-            yield "keep_intermediates: false"
+        yield from helpful
         yield "free some disk"
     elif step == "train_adapter" and model.adapter and model.adapter.train:
         train = model.adapter.train
@@ -258,10 +273,12 @@ def _advice(step: str, lack: str, model: Model, direct: bool, copies: bool) -> I
         yield "train.offload.use_cpu_offload: true" if what == "GPU" else "close other programs"
     elif step == RUN:
         yield "a smaller ollama.parameters.num_ctx, or a smaller type in quantize.types"
+    elif what == "GPU" and step in JUDGING:
+        yield "quality.base_weights: false" if step == "compare_merges" else "quality.device: cpu"
     elif what == "GPU":
         yield "merge.device: cpu"
-    elif step in ("merge_adapter", "convert_gguf", "quantize_gguf") and not model.quantize.is_auto:
-        yield "quantize.path: direct"
+    elif step in ("merge_adapter", "convert_gguf", "quantize_gguf") and DIRECT in helpful:
+        yield DIRECT
     else:
         yield "close other programs"
 

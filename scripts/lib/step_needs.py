@@ -10,6 +10,7 @@ from lib import estimate, heatmap_estimate
 from lib.budget import AUTO
 from lib.estimate import Needs
 from lib.heatmap_spec import HeatmapModel
+from lib.quant_types import SOURCE_TYPES
 from lib.quantize_path import DIRECT_RULE, JOIN, STAGED_RULE
 from lib.spec import Model, Project
 
@@ -128,8 +129,9 @@ def planned_steps(model: Model, *, direct: bool) -> list[str]:
     The steps of `all` for a model, in their order, by the names of their logs.
 
     Args:
-        direct: whether its default file is built directly, which one in 16 bits never is.
+        direct: whether its default file is built directly.
     """
+    # One in 16 bits never is, and others beside it may be.
     chain = _Chain(model, direct=direct or model.quantize.path == "direct")
     chain.add("build_llama_cpp", "fetch_base", "check_base")
     if model.adapter:
@@ -152,7 +154,7 @@ def judging_steps(model: Model, *, direct: bool, keep_intermediates: bool) -> li
     if model.quality.base_weights:
         chain.add("compare_merges")
     if model.holds_out:
-        chain.add_gguf(model.default_quant, ".base")
+        chain.add_gguf(model.default_quant, BASE)
         chain.add("render_data", "measure_tuning")
     chain.add("report_quality")
     there = set(planned_steps(model, direct=direct))
@@ -180,7 +182,7 @@ class _Chain:
     def add_gguf(self, quant: str, base: str = "") -> None:
         """A file of the model, or of its base if `base` is BASE."""
         model = self._model
-        if quant == model.source_type:
+        if quant in SOURCE_TYPES:
             self.add(*([] if base else ["merge_adapter"]), f"convert_gguf{base}.{quant}")
             return
         if not self._direct:
